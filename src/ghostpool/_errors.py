@@ -1,0 +1,157 @@
+"""The exception tree, split by the state in which an error leaves the host.
+
+    GhostpoolError
+      PlanError        nothing was touched            exit status 2
+      RestoreError     failed, everything was undone  exit status 1
+      RevertError      the host needs its user        exit status 3
+
+An error of the kernel keeps its fields (errno, system call, path, mount): they cross the
+worker's socket as fields too, never as prose that somebody parses again.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+
+
+class GhostpoolError(Exception):
+    """Base of all errors that ghostpool raises on purpose."""
+
+
+class PlanError(GhostpoolError):
+    """The request, the images or the live mounts rule the restore out; nothing was touched."""
+
+
+class ImageError(PlanError):
+    """A CRIU image is missing, malformed or contradicts another one.
+
+    `file` is the name of the image inside its directory, `record` says which record of it
+    (a zero-based number, or None for the file as a whole).
+    """
+
+    def __init__(self, file: str, record: int | None, problem: str) -> None:
+        self.file = file
+        self.record = record
+        self.problem = problem
+        where = file if record is None else f"{file}, record {record}"
+        super().__init__(f"{where}: {problem}")
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, int | None, str]]:
+        return ImageError, (self.file, self.record, self.problem)
+
+
+class UnsupportedError(PlanError):
+    """The images need something that this version of ghostpool does not restore."""
+
+
+class NamespaceNotFound(PlanError):
+    """A target does not exist, is not a mount namespace, or an image namespace has no target."""
+
+
+class MountNotFound(PlanError):
+    """No live mount corresponds to a mount of the images."""
+
+
+class Overmounted(PlanError):
+    """The mount is hidden by another one, so no path leads to it."""
+
+
+class ReadOnlySuperblock(PlanError):
+    """The superblock itself is read-only: making the mount writable would not help."""
+
+
+class HostNamespace(PlanError):
+    """A mount of the host's own mount namespace would have to be remounted."""
+
+
+class SandboxError(PlanError):
+    """A mount tree of the images can not be rebuilt (an external or unsupported mount)."""
+
+
+class RestoreError(GhostpoolError):
+    """The restore failed part way; everything it had done was undone."""
+
+
+class KernelError(RestoreError, OSError):
+    """A system call failed in a worker.
+
+    Attributes besides those of OSError: `syscall`, `path` (as text, for people), `mount`
+    (mount point, or None) and `namespace` (how the namespace was named, or None).
+    """
+
+    def __init__(
+        self,
+        errno: int,
+        syscall: str,
+        path: str,
+        *,
+        mount: str | None = None,
+        namespace: str | None = None,
+        advice: str | None = None,
+    ) -> None:
+        OSError.__init__(self, errno, os.strerror(errno))
+        self.syscall = syscall
+        self.path = path
+        self.mount = mount
+        self.namespace = namespace
+        self.advice = advice
+
+    def __str__(self) -> str:
+        name = _errno.errorcode.get(self.errno or 0, str(self.errno))
+        where = self.path
+        if self.mount is not None:
+            where += f" on mount {self.mount}"
+        if self.namespace is not None:
+            where += f" of {self.namespace}"
+        text = f"{where}: {self.syscall}: {name} ({self.strerror})"
+        return f"{text}: {self.advice}" if self.advice else text
+
+
+class VerificationError(RestoreError):
+    """A restored file is not what the images describe."""
+
+
+class WorkerDied(RestoreError):
+    """A worker process ended, or broke the protocol, while it owed an answer."""
+
+
+class BarrierBroken(RestoreError):
+    """Another task failed or was cancelled before all tasks had arrived."""
+
+
+class CommandError(RestoreError):
+    """A command could not be started in a task's mount namespace."""
+
+
+class RevertError(GhostpoolError):
+    """Something could not be put back; `command` is what the user runs to finish the job."""
+
+    def __init__(self, problem: str, command: str) -> None:
+        self.problem = problem
+        self.command = command
+        super().__init__(f"{problem}; to put it back: {command}")
+
+    def __reduce__(self) -> tuple[type[RevertError], tuple[str, str]]:
+        return RevertError, (self.problem, self.command)
+
+
+__all__ = [
+    "BarrierBroken",
+    "CommandError",
+    "GhostpoolError",
+    "HostNamespace",
+    "ImageError",
+    "KernelError",
+    "MountNotFound",
+    "NamespaceNotFound",
+    "Overmounted",
+    "PlanError",
+    "ReadOnlySuperblock",
+    "RestoreError",
+    "RevertError",
+    "SandboxError",
+    "UnsupportedError",
+    "VerificationError",
+    "WorkerDied",
+]

@@ -1,0 +1,161 @@
+"""The frozen values that the other modules hand each other; no behaviour, no I/O.
+
+Units: sizes, offsets and lengths in bytes; times in microseconds since 1970 (negative before);
+device numbers as os.makedev gives them; modes are full st_mode values. Paths are bytes, since
+file names are, and absolute image paths start with b"/" at the root of their mount namespace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NewType
+
+MntId = NewType("MntId", int)
+"""A mnt_id of the dumping kernel, as the images use it; never one of the live kernel."""
+NsId = NewType("NsId", int)
+"""A mount namespace id of the images (the N of mountpoints-N.img)."""
+GhostId = NewType("GhostId", int)
+RegId = NewType("RegId", int)
+"""Id of a reg_file_entry: one open file description of the dumped tasks."""
+Pid = NewType("Pid", int)
+"""A pid as the images have it: inside the dumped pid namespace."""
+
+HOST_NS = NsId(0)
+"""Stands for the mount namespace of images that were dumped without one of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of content: `length` bytes at `offset` of the file, at `position` of the image."""
+
+    offset: int
+    length: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ghost:
+    """One ghost_file_entry and where its content lies in its image."""
+
+    id: GhostId
+    file: str
+    """Name of the image inside its directory."""
+    mode: int
+    uid: int
+    gid: int
+    atime: int | None
+    mtime: int | None
+    size: int
+    """Logical size of a regular file; 0 for every other type."""
+    extents: tuple[Extent, ...]
+    """Content of a regular file, ascending; what no extent covers is a hole."""
+    rdev: int | None = None
+    target: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RegFile:
+    """One reg_file_entry."""
+
+    id: RegId
+    flags: int
+    position: int | None
+    """None: the restored file is not to be seeked."""
+    name: bytes
+    mnt_id: MntId | None
+    """None where the dump had no mount namespace of its own, and in link remap targets."""
+    size: int | None
+    mode: int | None
+    external: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Remap:
+    """One remap_file_path_entry; `target` is a ghost id, a reg id or a pid by `kind`."""
+
+    record: int
+    """Its number in remap-fpath.img: the first referrer fixes where a ghost is created."""
+    origin: RegId
+    kind: Literal["ghost", "linked", "procfs"]
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """One row of a task's fdinfo that leads to a reg file (directly, or as a fifo or tty)."""
+
+    number: int
+    reg_id: RegId
+    close_on_exec: bool
+    fifo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Something besides a descriptor that keeps a reg file: a mapping, exe, cwd or root."""
+
+    pid: Pid
+    key: str
+    """exe, cwd, root or map:<start>-<end> (hex)."""
+    reg_id: RegId
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One living task of the images; zombies have neither namespaces nor descriptors."""
+
+    pid: Pid
+    parent: Pid
+    namespace: NsId
+    descriptors: tuple[Descriptor, ...]
+    """Those that lead to reg files, by number; sockets, pipes and the rest are left out."""
+    holders: tuple[Holder, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ImageMount:
+    """One mnt_entry."""
+
+    id: MntId
+    parent: MntId
+    namespace: NsId
+    fstype: str
+    """File-system name (tmpfs, proc, …); "" where the image only says that it is another one."""
+    device: int
+    root: bytes
+    mountpoint: bytes
+    source: str
+    options: str
+    flags: int
+    """Per-mount MS_* flags without propagation bits."""
+    superblock_flags: int
+    """MS_RDONLY, MS_SYNCHRONOUS (as 16) and MS_DIRSYNC."""
+    shared_group: int
+    """Peer group of a shared mount, or 0."""
+    master_group: int
+    """Peer group whose slave the mount is, or 0."""
+    unbindable: bool
+    external_key: str | None
+    """Set for a mount whose superblock the dump left to the outside."""
+    deleted_root: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Everything ghostpool needs of one image directory, joined and checked."""
+
+    directory: str
+    """As the user named it, for messages."""
+    tasks: tuple[Task, ...]
+    files: dict[RegId, RegFile]
+    remaps: tuple[Remap, ...]
+    ghosts: dict[GhostId, Ghost]
+    mounts: dict[NsId, tuple[ImageMount, ...]]
+    """Parents before children; empty where the dump had no mount namespace of its own."""
+    root_namespace: NsId
+    own_user_namespace: bool
+    """Ids in the images are those inside a dumped user namespace."""
+    pending_fifo_bytes: dict[RegId, int] = field(default_factory=dict)
+    """Saved bytes of fifos, by the reg file of the fifo."""
+    deleted_sockets: tuple[bytes, ...] = ()
+    """Names of bound UNIX sockets whose path was gone."""
