@@ -1,0 +1,155 @@
+"""The fork server: a lean process whose children are workers, namespace builders and commands.
+
+Started once per run by exec (so nothing of the coordinator's memory is in its children), it has
+imported all that a worker needs and no more; a fork of it costs a tenth of a fresh interpreter.
+It has one thread, because setns(2) into a mount namespace demands that. It ends when the
+coordinator closes its socket, and its workers die with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import os
+import resource
+import select
+import signal
+from typing import Any
+
+from ghostpool import _build, _buildspec, _linux, _worker
+from ghostpool._protocol import BlockingChannel, EndOfStream
+
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_COMMAND_SIGNALS = (*_IGNORED, signal.SIGPIPE, signal.SIGXFSZ)
+
+
+class ForkServer:
+    """Forks on request and tells of the ends of its children."""
+
+    def __init__(self, channel: BlockingChannel) -> None:
+        self._channel = channel
+        self._children: dict[int, int] = {}
+        """pidfd -> pid"""
+        self._poll = select.poll()
+        self._poll.register(channel.fileno(), select.POLLIN)
+        self._waiting: list[int] = []
+        """Descriptors that came ahead of a spawn request."""
+
+    def serve(self) -> None:
+        """Until the coordinator is gone."""
+        while True:
+            for fd, _ in self._poll.poll():
+                if fd == self._channel.fileno():
+                    request, fds = self._channel.receive()
+                    self._handle(request, fds)
+                else:
+                    self._reap(fd)
+
+    def _reap(self, pidfd: int) -> None:
+        pid = self._children.pop(pidfd)
+        self._poll.unregister(pidfd)
+        os.close(pidfd)
+        _, status = os.waitpid(pid, 0)
+        self._channel.send(("exit", pid, os.waitstatus_to_exitcode(status)))
+
+    def _handle(self, request: Any, fds: list[int]) -> None:
+        kind, *arguments = request
+        if kind == "fds":
+            self._waiting += fds
+            return
+        fds, self._waiting = self._waiting + fds, []
+        pid = os.fork()
+        if pid == 0:
+            self._become(kind, arguments, fds)
+        _linux.close_all(fds)
+        pidfd = os.pidfd_open(pid)
+        self._children[pidfd] = pid
+        self._poll.register(pidfd, select.POLLIN)
+        self._channel.send(("forked", pid), [pidfd])
+
+    def _become(self, kind: str, arguments: list[Any], fds: list[int]) -> None:
+        """The child's whole life; never returns."""
+        status = 1
+        try:
+            os.close(self._channel.fileno())
+            _linux.close_all(self._children)
+            if kind == "worker":
+                _worker.main(fds[0], *arguments)
+                status = 0
+            elif kind == "build":
+                _build_namespaces(BlockingChannel(fds[0]), arguments[0])
+                status = 0
+            elif kind == "spawn":
+                _run_command(fds, *arguments)
+        except BaseException as error:  # a child must never get back into the server's loop
+            os.write(2, f"ghostpool: {kind}: {error!r}\n".encode(errors="replace"))
+        finally:
+            os._exit(status)
+
+
+def _build_namespaces(channel: BlockingChannel, specs: Any) -> None:
+    _linux.prctl(_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        namespaces = _build.build(_buildspec.unmarshal(specs))
+    except _buildspec.BuildError as error:
+        channel.send((False, (error.errno, error.syscall, error.path, error.mount_id)))
+        return
+    batch = 200
+    while len(namespaces) > batch:
+        channel.send(None, namespaces[:batch])
+        namespaces = namespaces[batch:]
+    channel.send((True, ()), namespaces)
+
+
+def _run_command(
+    fds: list[int],
+    argv: list[bytes],
+    environment: dict[bytes, bytes],
+    numbers: list[int],
+    soft_limit: int,
+) -> None:
+    """Become the user's command: namespace, descriptors, signals, exec.
+
+    `fds`: status socket, mount namespace, stdin, stdout, stderr, then one for each of `numbers`.
+    The status socket is close-on-exec, as is every other descriptor that has no place in the
+    command: its end without a word means that exec succeeded.
+    """
+    status = BlockingChannel(fds[0])
+    step = "setns"
+    try:
+        _linux.setns(fds[1], _linux.CLONE_NEWNS)
+        step = "dup2"
+        targets = dict(enumerate(fds[2:5]))
+        targets.update(zip(numbers, fds[5:], strict=True))
+        above = max(targets) + 1
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        # First out of the way of each other's numbers, then each to its own.
+        kept = fcntl.fcntl(status.fileno(), fcntl.F_DUPFD_CLOEXEC, above)
+        moved = {
+            number: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for number, fd in targets.items()
+        }
+        for number, fd in moved.items():
+            os.dup2(fd, number)
+        status = BlockingChannel(kept)
+        if above <= soft_limit:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard))
+        step = "exec"
+        for number in _COMMAND_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        os.execvpe(argv[0], argv, environment)
+    except OSError as error:
+        status.send((step, error.errno))
+
+
+def main(fd: int) -> None:
+    """Serve on the socket `fd` until its other end is closed."""
+    for number in _IGNORED:
+        # A Ctrl-C reaches the whole process group; who undoes things needs its workers then.
+        signal.signal(number, signal.SIG_IGN)
+    gc.collect()
+    gc.freeze()
+    try:
+        ForkServer(BlockingChannel(fd)).serve()
+    except (EndOfStream, ConnectionError):
+        pass

@@ -1,0 +1,247 @@
+"""What coordinator and children say to each other: typed batches in frames on a stream socket.
+
+    frame := u32 length, u16 number of descriptors, u16 zero, <length> bytes of marshal
+
+Descriptors ride on the header, which is received alone, so that they never get lost between two
+frames. Values are plain tuples, numbers and bytes: marshal is built in, needs no import in a lean
+worker, and both ends are the same interpreter (docs/design.md, D-006).
+"""
+
+from __future__ import annotations
+
+import _socket
+import array
+import marshal
+import os
+import struct
+from typing import Any, NamedTuple
+
+HEADER = struct.Struct("<IHH")
+MAX_FDS = 250
+"""Below SCM_MAX_FD (253), the most that one sendmsg(2) carries."""
+MAX_FRAME = 64 << 20
+_CMSG_SPACE = _socket.CMSG_SPACE(253 * 4)
+
+
+class Failure(NamedTuple):
+    """One operation of a batch failed; those before it were done, those after it not begun."""
+
+    at: int
+    """Its number in the batch; -1: the request as a whole."""
+    errno: int
+    """0 if no system call failed: `step` then says what did not agree."""
+    step: str
+    """Name of the system call, or of the check."""
+    path: bytes
+    mount: int
+    """Handle of the mount that the path is on, or -1."""
+    done: tuple[Any, ...] = ()
+    """Results of the operations before it."""
+
+
+class MountFacts(NamedTuple):
+    """What a worker found at a mount point."""
+
+    mnt_id: int
+    unique_id: int
+    device: int
+    attributes: int
+    superblock_read_only: bool
+
+
+class Look(NamedTuple):
+    """What stands at the directory of some old names."""
+
+    existing: int
+    """How many components of the directory exist."""
+    device: int
+    inode: int
+    """Identity of the deepest existing one."""
+    taken: tuple[bool, ...]
+    """For each name: something has it."""
+    errno: int
+    """Why the directory can not be looked at (EXDEV: another mount covers it), or 0."""
+    taken_alternative: tuple[bool, ...]
+    """For each name with ".cr_link" appended."""
+
+
+class CreateOp(NamedTuple):
+    """Make one ghost under a temporary name, through a service mount."""
+
+    mount: int
+    directory: bytes
+    """Existing directory, relative to the mount's root; b"" is the root itself."""
+    name: bytes
+    """Random, exclusive."""
+    mode: int
+    uid: int
+    gid: int
+    times: tuple[int, int] | None
+    """Access and modification time in nanoseconds."""
+    rdev: int
+    target: bytes
+    image: bytes
+    size: int
+    extents: tuple[tuple[int, int, int], ...]
+
+
+class Created(NamedTuple):
+    """A ghost that is there, under its temporary name: its identity."""
+
+    device: int
+    inode: int
+
+
+class PlaceOp(NamedTuple):
+    """Move a directory ghost to its old name: directories have no hard links to open by."""
+
+    mount: int
+    directory: bytes
+    name: bytes
+    """Where it lies."""
+    parents: tuple[bytes, ...]
+    """Missing directories between `directory` and the old name."""
+    final: tuple[bytes, ...]
+    """Names to try, the old one first."""
+
+
+class Placed(NamedTuple):
+    """Where a directory ghost has come to lie."""
+
+    final: int
+    """Index of the name that was free."""
+    made: int
+    """How many of the parents, counted from the innermost, were made for it."""
+
+
+class OpenOp(NamedTuple):
+    """Give a ghost its old name, open it through the task's mount, take the name away again."""
+
+    link: int
+    """Mount through which the name is made and removed."""
+    temp_directory: bytes
+    temp_name: bytes
+    """Where the ghost lies, relative to the root of `link`; b"" name: it has its name already."""
+    link_directory: bytes
+    """Directory of the old name, relative to the root of `link`."""
+    live: int
+    """The task's own mount."""
+    live_directory: bytes
+    names: tuple[bytes, ...]
+    """The old name, and what to use if that is taken."""
+    flags: int
+    position: int
+    """-1: do not seek."""
+    device: int
+    inode: int
+    mode: int
+    size: int
+    """-1: the image does not say."""
+    keep: bool
+
+
+class Opened(NamedTuple):
+    """Which of the names was used, and what could not be taken away again."""
+
+    name: int
+    left: tuple[bytes, ...]
+
+
+class RemoveOp(NamedTuple):
+    """Take a name away, if it still is what was made there."""
+
+    mount: int
+    directory: bytes
+    name: bytes
+    is_directory: bool
+    device: int
+    inode: int
+    """0: not known, because whoever made it died; the name alone decides, so it is random."""
+    parents: tuple[bytes, ...]
+    """The last components of `directory` that go too if they are empty, outermost first."""
+    times: tuple[int, int] | None
+    """A directory's times, which working inside it has changed."""
+
+
+class Removed(NamedTuple):
+    """0, or the errno with which the name resisted; and the parents that were not empty."""
+
+    errno: int
+    step: str
+    left: tuple[bytes, ...]
+
+
+class Report(NamedTuple):
+    """A worker's last words."""
+
+    peak_rss: int
+    """Bytes."""
+
+
+def encode(message: Any, fds: list[int]) -> tuple[bytes, bytes]:
+    """Header and body of a frame. ValueError: too much for one frame."""
+    body = marshal.dumps(message)
+    if len(body) > MAX_FRAME or len(fds) > MAX_FDS:
+        raise ValueError(f"{len(body)} bytes with {len(fds)} descriptors do not fit one frame")
+    return HEADER.pack(len(body), len(fds), 0), body
+
+
+def rights(fds: list[int]) -> list[tuple[int, int, array.array[int]]]:
+    """Ancillary data for sendmsg(2)."""
+    return [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+
+
+def take_rights(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[int]:
+    """The descriptors out of recvmsg(2). OSError if some did not fit under RLIMIT_NOFILE."""
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % 4])
+    if flags & _socket.MSG_CTRUNC:
+        for fd in fds:
+            os.close(fd)
+        raise OSError(24, "descriptors were lost: the limit RLIMIT_NOFILE is too low")
+    return list(fds)
+
+
+class EndOfStream(Exception):
+    """The other end is gone."""
+
+
+class BlockingChannel:
+    """The child's end: blocking, one thread."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = _socket.socket(fileno=fd)
+
+    def send(self, message: Any, fds: list[int] | None = None) -> None:
+        header, body = encode(message, fds or [])
+        self._socket.sendmsg([header], rights(fds or []), _socket.MSG_NOSIGNAL)
+        self._socket.sendall(body, _socket.MSG_NOSIGNAL)
+
+    def receive(self) -> tuple[Any, list[int]]:
+        """The next message. EndOfStream when the other end has closed."""
+        header, ancillary, flags, _ = self._socket.recvmsg(
+            HEADER.size, _CMSG_SPACE, _socket.MSG_CMSG_CLOEXEC
+        )
+        if not header:
+            raise EndOfStream
+        fds = take_rights(ancillary, flags)
+        header += self._exactly(HEADER.size - len(header))
+        length, count, _ = HEADER.unpack(header)
+        if length > MAX_FRAME or count != len(fds):
+            raise EndOfStream
+        return marshal.loads(self._exactly(length)), fds  # noqa: S302  our own coordinator
+
+    def _exactly(self, length: int) -> bytes:
+        buffer = bytearray(length)
+        view = memoryview(buffer)
+        while view:
+            got = self._socket.recv_into(view)
+            if not got:
+                raise EndOfStream
+            view = view[got:]
+        return bytes(buffer)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
