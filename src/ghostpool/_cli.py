@@ -1,0 +1,292 @@
+"""The command line: arguments, exit statuses, and what is printed where."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, TextIO
+
+import click
+
+from ghostpool._errors import GhostpoolError, PlanError, RestoreError, RevertError
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+EXIT_NEEDS_USER = 3
+EXIT_INTERRUPTED = 130
+
+_LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
+log = logging.getLogger("ghostpool")
+
+
+class NamespaceOption(click.ParamType[tuple[int, str]]):
+    """ID=PID or ID=PATH."""
+
+    name = "ID=PID|PATH"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, str]:
+        from ghostpool._targets import parse_namespace_option
+
+        try:
+            return parse_namespace_option(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class ExternalOption(click.ParamType[tuple[str, str]]):
+    """KEY=PATH, or criu's mnt[KEY]:PATH."""
+
+    name = "KEY=PATH"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        from ghostpool._sandbox import parse_external
+
+        try:
+            return parse_external(value)
+        except (ValueError, GhostpoolError) as error:
+            self.fail(str(error), param, ctx)
+
+
+def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say which images go where; those of criu where criu has them."""
+    for decorator in reversed(
+        (
+            click.option(
+                "-D", "--images-dir", default=".", show_default=True, metavar="DIR",
+                help="Directory of the images.",
+            ),
+            click.option(
+                "-t", "--tree", type=click.IntRange(min=1), metavar="PID",
+                help="Live process whose mount namespace is that of the images' root task.",
+            ),
+            click.option(
+                "--ns", "namespaces", type=NamespaceOption(), multiple=True,
+                help="Mount namespace for one of the images, by process or namespace file.",
+            ),
+            click.option(
+                "--external", type=ExternalOption(), multiple=True,
+                help="What to mount for an external mount, when namespaces are rebuilt.",
+            ),
+            click.option(
+                "-j", "--jobs", type=click.IntRange(min=1, max=1024), metavar="N",
+                help="Most workers alive at once.  [default: usable CPUs]",
+            ),
+            click.option(
+                "--strategy", type=click.Choice(["remount"]), default="remount",
+                show_default=True, help="How read-only mounts become writable for tasks.",
+            ),
+            click.option(
+                "--allow-devices", is_flag=True, help="Restore character and block devices."
+            ),
+            click.option(
+                "--allow-setuid", is_flag=True, help="Restore setuid and setgid files."
+            ),
+            click.option("-v", "verbose", count=True, help="Say more; twice for everything."),
+            click.option("-o", "--log-file", metavar="FILE", help="Log to FILE, not to stderr."),
+        )
+    ):
+        command = decorator(command)
+    return command
+
+
+def set_up_logging(verbose: int, log_file: str | None) -> None:
+    """Messages of the run: warnings, and more with -v."""
+    stream: logging.Handler = logging.StreamHandler()
+    if log_file is not None:
+        try:
+            stream = logging.FileHandler(log_file)
+        except OSError as error:
+            raise PlanError(f"{log_file}: {error.strerror}") from error
+    stream.setFormatter(logging.Formatter("ghostpool: %(message)s"))
+    root = logging.getLogger("ghostpool")
+    root.handlers[:] = [stream]
+    root.setLevel(_LEVELS[min(verbose, 2)])
+
+
+def make_request(options: dict[str, Any], keep: bool = False) -> Any:
+    """The Request of target options."""
+    import psutil
+
+    from ghostpool._plan import Policy
+    from ghostpool._run import Request
+    from ghostpool._userns import maps_owner
+
+    jobs = options["jobs"] or len(psutil.Process().cpu_affinity() or [0])
+    return Request(
+        images_dir=options["images_dir"],
+        jobs=jobs,
+        tree=options["tree"],
+        namespaces=dict(options["namespaces"]),
+        external=dict(options["external"]),
+        policy=Policy(
+            allow_devices=options["allow_devices"],
+            allow_setuid=options["allow_setuid"],
+            keep=keep,
+            mapped=maps_owner(),
+        ),
+    )
+
+
+def exit_status(error: BaseException) -> int:
+    """What the state that an error leaves the host in is as an exit status."""
+    from ghostpool._report import leaves
+
+    found = list(leaves(error))
+    if any(isinstance(leaf, RevertError) for leaf in found):
+        return EXIT_NEEDS_USER
+    if all(isinstance(leaf, PlanError) for leaf in found):
+        return EXIT_REFUSED
+    return EXIT_FAILED
+
+
+def explain(error: BaseException) -> str:
+    """An error on one line."""
+    from ghostpool._report import leaves
+
+    return "; ".join(" ".join(str(leaf).split()) or type(leaf).__name__ for leaf in leaves(error))
+
+
+class _Interrupted(BaseException):
+    """The user's signal ended the run; everything is undone by then."""
+
+
+def run_story(
+    story: Callable[[], Coroutine[Any, Any, None]], report: Any, timeout: float | None
+) -> None:
+    """Run the coroutine on trio, until it ends or a signal or the timeout ends it.
+
+    The error, if any, goes into the report, with its exit status.
+    """
+    import anyio
+
+    from ghostpool._signals import Interrupted, until_interrupted
+
+    try:
+        anyio.run(until_interrupted, story, timeout, backend="trio")
+    except (Interrupted, KeyboardInterrupt):
+        report.status = EXIT_INTERRUPTED
+        report.error = RestoreError("interrupted; everything was undone")
+        report.restored = False
+    except TimeoutError:
+        report.status = EXIT_FAILED
+        report.error = RestoreError(f"not done within {timeout:g} s; everything was undone")
+    except (GhostpoolError, ExceptionGroup) as error:
+        report.status = exit_status(error)
+        report.error = error
+        if not isinstance(error, GhostpoolError) and report.status == EXIT_FAILED:
+            log.debug("unexpected", exc_info=error)
+
+
+def write_report(report: Any, path: str | None) -> None:
+    """The JSON document to a file, or to stdout for "-"."""
+    if path is None:
+        return
+    text = json.dumps(report.document(), indent=2) + "\n"
+    if path == "-":
+        click.echo(text, nl=False)
+        return
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        report.status = report.status or EXIT_FAILED
+        click.echo(f"ghostpool: {path}: {error.strerror}", err=True)
+
+
+def finish(report: Any, path: str | None) -> None:
+    """Write the report, say what went wrong on one line, and exit."""
+    if report.error is None and report.commands:
+        report.status = max(status for _, status in report.commands)
+    write_report(report, path)
+    for line in report.left:
+        log.warning("%s", line)
+    if report.error is not None:
+        click.echo(f"ghostpool: {explain(report.error)}", err=True)
+    sys.exit(report.status)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ghostpool")
+def cli() -> None:
+    """Bring back the ghost files of CRIU checkpoints."""
+
+
+@cli.command(context_settings={"ignore_unknown_options": False})
+@target_options
+@click.option("--keep", is_flag=True, help="Leave the files linked at their old names.")
+@click.option("--discard", is_flag=True, help="Close everything after the verification.")
+@click.option(
+    "--serve", metavar="PATH", help="Socket to serve descriptors on.  [default: in the run dir]"
+)
+@click.option("--report", "report_path", metavar="FILE", help="Write a JSON report; - is stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Short for --report -.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="S",
+    help="Seconds that the whole run may take.",
+)
+@click.argument("cmd", nargs=-1, type=click.UNPROCESSED)
+def restore(**options: Any) -> None:
+    """Restore ghost files and start CMD for each task, holding the task's descriptors.
+
+    Without -t and --ns the mount namespaces are rebuilt from the images. Without CMD, --keep and
+    --discard the descriptors are served on a socket, for ghostpool fetch.
+    """
+    from ghostpool._launch import launch
+
+    cmd = list(options["cmd"])
+    report_path = "-" if options["as_json"] else options["report_path"]
+    outcomes = {
+        "a command": bool(cmd),
+        "--keep": options["keep"],
+        "--discard": options["discard"],
+        "--serve": options["serve"] is not None,
+    }
+    chosen = [name for name, given in outcomes.items() if given]
+    if len(chosen) > 1:
+        raise click.UsageError(f"{' and '.join(chosen)} exclude each other")
+    if report_path == "-" and cmd:
+        raise click.UsageError("stdout belongs to the command: write the report to a file")
+    if options["as_json"] and options["report_path"] not in (None, "-"):
+        raise click.UsageError("--json and --report FILE exclude each other")
+
+    # The fork server boots while this process imports its event loop.
+    launched = launch()
+    from ghostpool import _deliver, _run
+    from ghostpool._report import Report
+
+    report = Report(strategy=options["strategy"])
+    try:
+        set_up_logging(options["verbose"], options["log_file"])
+        request = make_request(options, keep=options["keep"])
+    except PlanError as error:
+        report.status, report.error = EXIT_REFUSED, error
+        finish(report, report_path)
+    if cmd:
+        deliver = _deliver.commands(cmd)
+    elif options["keep"] or options["discard"]:
+        deliver = _deliver.discard
+    else:
+        from ghostpool._serve import serve
+
+        to: TextIO = sys.stderr if report_path == "-" else sys.stdout
+        deliver = serve(options["serve"], lambda line: click.echo(line, file=to))
+
+    async def story() -> None:
+        await _run.run_restore(request, launched, report, deliver)
+
+    run_story(story, report, options["timeout"])
+    if report.plan is not None:
+        for line in report.plan.warnings:
+            log.warning("%s", line)
+    finish(report, report_path)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli(prog_name="ghostpool")

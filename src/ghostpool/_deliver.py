@@ -1,0 +1,110 @@
+"""What becomes of restored descriptors: a command per task, or nothing at all.
+
+Delivery begins when the mounts are back, the temporaries gone and the workers ended. A command is
+forked from the fork server, enters its task's mount namespace and finds exactly its task's ghost
+descriptors, at their numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+
+import anyio
+
+from ghostpool._errors import CommandError
+from ghostpool._plan import PlannedTask
+from ghostpool._process import Child, CommandFailed
+from ghostpool._restore import Restored
+from ghostpool._run import Delivery, Prepared
+
+TERM_S = 5.0
+"""Seconds that commands have after SIGTERM, before SIGKILL."""
+
+
+def environment_of(
+    planned: PlannedTask, restored: Restored, environment: Mapping[bytes, bytes]
+) -> dict[bytes, bytes]:
+    """The environment of a task's command.
+
+    GHOSTPOOL_TASK is the task's pid in the image. GHOSTPOOL_CLOEXEC lists the numbers that were
+    close-on-exec: such a descriptor could not outlive the exec, so it is passed open.
+    """
+    numbers = sorted(
+        descriptor.number
+        for descriptor in planned.task.descriptors
+        if descriptor.close_on_exec and descriptor.reg_id in restored.fds
+    )
+    return {
+        **environment,
+        b"GHOSTPOOL_TASK": str(planned.task.pid).encode(),
+        b"GHOSTPOOL_CLOEXEC": ",".join(map(str, numbers)).encode(),
+    }
+
+
+async def discard(run: Prepared, restored: Restored) -> None:
+    """Close everything: for rehearsals, benchmarks, and files that were kept by name."""
+    restored.close()
+
+
+def commands(argv: list[str]) -> Delivery:
+    """Run `argv` once for each task of the image and wait for them all."""
+
+    async def deliver(run: Prepared, restored: Restored) -> None:
+        children: list[tuple[int, Child]] = []
+        try:
+            for planned in run.plan.tasks:
+                children.append((planned.task.pid, await _start(run, restored, planned, argv)))
+            restored.close()
+            async with anyio.create_task_group() as group:
+                for pid, child in children:
+                    group.start_soon(_wait, run, pid, child)
+        finally:
+            await _end([child for _, child in children])
+
+    return deliver
+
+
+async def _start(
+    run: Prepared, restored: Restored, planned: PlannedTask, argv: list[str]
+) -> Child:
+    pid = planned.task.pid
+    target = run.targets[planned.task.namespace]
+    try:
+        return await run.server.command(
+            [os.fsencode(word) for word in argv],
+            environment_of(planned, restored, os.environb),
+            target.fd,
+            restored.of_task(planned),
+            run.soft_limit,
+        )
+    except CommandFailed as error:
+        what = f"{argv[0]}: {os.strerror(error.errno)}"
+        if error.step != "exec":
+            what = f"{error.step}: {os.strerror(error.errno)}"
+        raise CommandError(
+            f"the command can not be started for task {pid} in {target.label}: {what}"
+        ) from error
+
+
+async def _wait(run: Prepared, pid: int, child: Child) -> None:
+    status = await child.wait()
+    run.report.commands.append((pid, status if status >= 0 else 128 - status))
+
+
+async def _end(children: list[Child]) -> None:
+    """Whoever still runs was not to be waited for: the run was interrupted or failed."""
+    alive = [child for child in children if child.status is None]
+    if not alive:
+        return
+    with anyio.CancelScope(shield=True):
+        for child in alive:
+            child.signal(signal.SIGTERM)
+        with anyio.move_on_after(TERM_S):
+            for child in alive:
+                await child.wait()
+        for child in alive:
+            child.signal(signal.SIGKILL)
+        for child in alive:
+            await child.wait()

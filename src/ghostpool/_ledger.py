@@ -1,0 +1,237 @@
+"""The ledger: every name that a restore has made, or may have made, until it is taken away.
+
+A name is entered before the request that makes it is sent, so that a worker which dies leaves
+nothing that nobody knows of. Taking the temporaries away after a success and undoing a failure
+are the same walk, backwards, through the service side of the mounts, which needs no lease.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import anyio
+
+from ghostpool._errors import GhostpoolError, RevertError
+from ghostpool._match import join, relative_to, text
+from ghostpool._plan import PlannedGhost, PlannedMount, PlannedOpen
+from ghostpool._pool import WorkerFailure, WorkerPool, remove_command
+from ghostpool._process import MountHandle
+from ghostpool._protocol import Created, Placed, Removed, RemoveOp
+
+_BATCH = 256
+
+
+@dataclass(slots=True)
+class _Temporary:
+    planned: PlannedGhost
+    slot: int
+    created: Created | None = None
+    placed: Placed | None = None
+    placing: bool = False
+
+
+class Ledger:
+    """Names that are owed to the file systems."""
+
+    def __init__(self, pool: WorkerPool, mounts: Mapping[MountHandle, PlannedMount]) -> None:
+        self._pool = pool
+        self._mounts = mounts
+        self._temporaries: dict[int, _Temporary] = {}
+        self._links: dict[int, tuple[PlannedOpen, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._temporaries) + len(self._links)
+
+    def creating(self, planned: PlannedGhost, slot: int) -> None:
+        """A request to create this ghost is about to be sent to a slot."""
+        self._temporaries[planned.ghost.id] = _Temporary(planned, slot)
+
+    def created(self, planned: PlannedGhost, result: Created) -> None:
+        """The ghost is there, with this identity."""
+        self._temporaries[planned.ghost.id].created = result
+
+    def placing(self, planned: PlannedGhost) -> None:
+        """A request to move this directory to its old name is about to be sent."""
+        self._temporaries[planned.ghost.id].placing = True
+
+    def placed(self, planned: PlannedGhost, result: Placed) -> None:
+        """The directory has one of its final names."""
+        self._temporaries[planned.ghost.id].placed = result
+
+    def final_name(self, ghost_id: int) -> bytes:
+        """The name that a directory ghost got."""
+        temporary = self._temporaries[ghost_id]
+        if temporary.placed is None:
+            raise RuntimeError(f"ghost {ghost_id:x} has not been moved to its name")
+        return temporary.planned.final[temporary.placed.final]
+
+    def result(self, ghost_id: int) -> Created:
+        """What creating it gave."""
+        result = self._temporaries[ghost_id].created
+        if result is None:
+            raise RuntimeError(f"ghost {ghost_id:x} has not been created")
+        return result
+
+    def linking(self, planned: PlannedOpen, slot: int) -> None:
+        """A request that gives a ghost its old name for a moment is about to be sent."""
+        self._links[planned.opening.file.id] = (planned, slot)
+
+    def unlinked(self, planned: PlannedOpen) -> None:
+        """The worker answered: the name and its parents are gone (or are to be kept)."""
+        self._links.pop(planned.opening.file.id, None)
+
+    async def clear(self, keep_final: bool = False) -> list[str]:
+        """Take all names away, last made first; what was left and why, for people.
+
+        `keep_final` leaves directory ghosts at their old names. RestoreError for a name that
+        resists; all others are gone then. Every slot works on its own directories at once.
+        """
+        by_slot: dict[int, list[tuple[int, RemoveOp]]] = {}
+        for planned, slot in reversed(self._links.values()):
+            target = planned.opening.mount.namespace.target.index
+            by_slot.setdefault(slot, []).extend((target, op) for op in self._link_ops(planned))
+        # Directories last, the innermost first: files lie in them, and they in one another.
+        temporaries = sorted(
+            reversed(self._temporaries.values()),
+            key=lambda t: (bool(t.planned.final), -_depth(t.planned)),
+        )
+        for temporary in temporaries:
+            if temporary.planned.final and keep_final:
+                continue
+            target = temporary.planned.mount.namespace.target.index
+            operations = by_slot.setdefault(temporary.slot, [])
+            operations += [(target, operation) for operation in _temporary_ops(temporary)]
+        left: list[str] = []
+        errors: list[Exception] = []
+        async with anyio.create_task_group() as group:
+            for slot, operations in by_slot.items():
+                group.start_soon(self._clear_slot, slot, operations, left, errors)
+        if errors:
+            raise errors[0] if len(errors) == 1 else ExceptionGroup("names are left", errors)
+        self._links.clear()
+        self._temporaries.clear()
+        return left
+
+    async def _clear_slot(
+        self,
+        slot: int,
+        operations: list[tuple[int, RemoveOp]],
+        left: list[str],
+        errors: list[Exception],
+    ) -> None:
+        for start in range(0, len(operations), _BATCH):
+            batch = operations[start : start + _BATCH]
+            # One namespace a message: the service side works from any, so the first one's does.
+            target = batch[0][0]
+            handles = {MountHandle(operation.mount) for _, operation in batch}
+            request = [tuple(operation) for _, operation in batch]
+            try:
+                answers, _ = await self._pool.call(
+                    slot, "remove", request, target=target, mounts=handles
+                )
+            except (GhostpoolError, WorkerFailure) as error:
+                errors.append(error)
+                continue
+            for (_, operation), fields in zip(batch, answers, strict=True):
+                self._note(operation, Removed(*fields), left, errors)
+
+    def _note(
+        self, operation: RemoveOp, answer: Removed, left: list[str], errors: list[Exception]
+    ) -> None:
+        planned = self._mounts[MountHandle(operation.mount - operation.mount % 2)]
+        where = join(operation.directory, operation.name)
+        if answer.errno:
+            errors.append(
+                RevertError(
+                    f"{text(where)} on mount {planned.label} can not be removed: "
+                    f"{answer.step}: {os.strerror(answer.errno)}",
+                    remove_command(planned, where, operation.is_directory),
+                )
+            )
+        left += [
+            f"{text(path)} on mount {planned.label}: not removed, something else is in it now"
+            for path in answer.left
+        ]
+
+    def _link_ops(self, planned: PlannedOpen) -> Iterable[RemoveOp]:
+        """The old name may be there, and parents that were missing; through the service side."""
+        mount = planned.opening.mount
+        created = self.result(planned.opening.ghost.id)
+        directory = planned.opening.site.directory
+        parents = directory.split(b"/")[-planned.missing :] if planned.missing else []
+        for number, name in enumerate(planned.names):
+            last = number == len(planned.names) - 1
+            yield RemoveOp(
+                mount=mount.service,
+                directory=directory,
+                name=name,
+                is_directory=False,
+                device=created.device,
+                inode=created.inode,
+                parents=tuple(parents) if last else (),
+                times=None,
+            )
+
+
+def _depth(planned: PlannedGhost) -> int:
+    return planned.directory.count(b"/") + len(planned.parents)
+
+
+def final_directory(planned: PlannedGhost) -> bytes:
+    """Where a directory ghost is moved to, relative to its mount's root."""
+    return join(planned.directory, b"/".join(planned.parents))
+
+
+def place_of(planned: PlannedGhost) -> bytes:
+    """The directory of the temporary inside the file system."""
+    return join(planned.mount.mount.root.strip(b"/"), planned.directory)
+
+
+def seen_from(path: bytes, mount: PlannedMount) -> bytes:
+    """A path inside the file system as seen from a mount's root."""
+    return relative_to(path, mount.mount.root.strip(b"/"))
+
+
+def _temporary_ops(temporary: _Temporary) -> Iterable[RemoveOp]:
+    planned, created = temporary.planned, temporary.created
+    device, inode = created or (0, 0)
+    if temporary.placed is None:
+        yield RemoveOp(
+            mount=planned.mount.service,
+            directory=planned.directory,
+            name=planned.name,
+            is_directory=bool(planned.final),
+            device=device,
+            inode=inode,
+            parents=(),
+            times=None,
+        )
+    if not temporary.placing:
+        return
+    # Without an answer it may have any of its names, and any of its parents may be new; the
+    # identity decides about the names, and only empty directories are ever removed.
+    names, parents = planned.final, planned.parents
+    if temporary.placed is not None:
+        names = (planned.final[temporary.placed.final],)
+        parents = parents[len(parents) - temporary.placed.made :]
+    for number, name in enumerate(names):
+        yield RemoveOp(
+            mount=planned.mount.service,
+            directory=final_directory(planned),
+            name=name,
+            is_directory=True,
+            device=device,
+            inode=inode,
+            parents=parents if number == len(names) - 1 else (),
+            times=times_ns(planned),
+        )
+
+
+def times_ns(planned: PlannedGhost) -> tuple[int, int] | None:
+    """Access and modification time of a ghost in nanoseconds, if its image has them."""
+    ghost = planned.ghost
+    if ghost.atime is None or ghost.mtime is None:
+        return None
+    return ghost.atime * 1000, ghost.mtime * 1000

@@ -1,0 +1,149 @@
+"""Joining the mounts of the images with those that are there now.
+
+By mount point and the order of the mounts on it, with root and file system as the tie-breaker;
+never by number, since the ids in images are another kernel's. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ghostpool._errors import GhostpoolError, MountNotFound, Overmounted
+from ghostpool._model import Images, ImageMount, MntId, NsId, RegFile
+from ghostpool._mountinfo import LiveMount, MountTable
+from ghostpool._targets import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """A target and its mount table, as the plan sees them."""
+
+    id: NsId
+    target: Target
+    table: MountTable
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where an old name lives: a live mount and a path inside it."""
+
+    namespace: Namespace
+    mount: LiveMount
+    directory: bytes
+    """Relative to the root of the mount; b"" is the root itself."""
+    name: bytes
+
+    @property
+    def path(self) -> bytes:
+        """Directory of the name inside the file system, as components joined by "/"."""
+        return join(self.mount.root.strip(b"/"), self.directory)
+
+
+def join(above: bytes, below: bytes) -> bytes:
+    """Two relative paths as one; b"" is the directory itself."""
+    return above + b"/" + below if above and below else above or below
+
+
+def is_below(path: bytes, root: bytes) -> bool:
+    """Component-wise: `path` is `root` or inside it (both relative to the same directory)."""
+    return not root or path == root or path.startswith(root + b"/")
+
+
+def relative_to(path: bytes, root: bytes) -> bytes:
+    """`path` as seen from `root`, which must hold it."""
+    return path[len(root) + 1 :] if root else path
+
+
+class Matcher:
+    """Finds the live site of each reg file of the images."""
+
+    def __init__(self, images: Images, namespaces: Mapping[NsId, Namespace]) -> None:
+        self._images = images
+        self._namespaces = namespaces
+        self._mounts = {m.id: m for mounts in images.mounts.values() for m in mounts}
+        self._live: dict[MntId, LiveMount | GhostpoolError] = {}
+
+    def site(self, file: RegFile) -> Site:
+        """Where `file` is to be opened. MountNotFound, Overmounted."""
+        if file.mnt_id is None:
+            return self._site_by_path(file)
+        image_mount = self._mounts[file.mnt_id]
+        namespace = self._namespaces[image_mount.namespace]
+        live = self._live.get(file.mnt_id)
+        if live is None:
+            try:
+                live = self._match(image_mount, namespace)
+            except GhostpoolError as error:
+                live = error
+            self._live[file.mnt_id] = live
+        if isinstance(live, GhostpoolError):
+            raise live
+        return _site(namespace, live, file.name, image_mount.mountpoint)
+
+    def _site_by_path(self, file: RegFile) -> Site:
+        namespace = self._namespaces[self._images.root_namespace]
+        live = namespace.table.containing(file.name.rpartition(b"/")[0])
+        if live is None:
+            raise MountNotFound(f"{namespace.target.label}: no mount holds {text(file.name)}")
+        return _site(namespace, live, file.name, live.mountpoint)
+
+    def _match(self, mount: ImageMount, namespace: Namespace) -> LiveMount:
+        stack = namespace.table.stack(mount.mountpoint)
+        where = f"{text(mount.mountpoint)} in {namespace.target.label}"
+        if not stack:
+            raise MountNotFound(
+                f"nothing is mounted on {where}, where the images have mount {mount.id} "
+                f"({mount.fstype or mount.source})"
+            )
+        wanted = [
+            other
+            for other in self._images.mounts[mount.namespace]
+            if other.mountpoint == mount.mountpoint
+        ]
+        if len(wanted) == len(stack):
+            live = stack[wanted.index(mount)]
+        else:
+            live = self._only_candidate(mount, wanted, stack, where)
+        if live is not stack[-1]:
+            raise Overmounted(
+                f"mount {live.mnt_id} on {where} is hidden by mount {stack[-1].mnt_id} "
+                f"({stack[-1].fstype}) on the same mount point"
+            )
+        return live
+
+    def _only_candidate(
+        self, mount: ImageMount, wanted: list[ImageMount], stack: list[LiveMount], where: str
+    ) -> LiveMount:
+        alike = [
+            live
+            for live in stack
+            if live.root == mount.root and (not mount.fstype or live.fstype == mount.fstype)
+        ]
+        if len(alike) == 1:
+            return alike[0]
+        if len(stack) == 1 and mount is wanted[-1]:
+            # What covered the mount, or lay under it, is gone: one remains and it is visible.
+            return stack[0]
+        raise MountNotFound(
+            f"{len(stack)} mounts are stacked on {where} and {len(wanted)} in the images: "
+            f"which one is mount {mount.id} of the images can not be told"
+        )
+
+
+def _site(namespace: Namespace, live: LiveMount, name: bytes, mountpoint: bytes) -> Site:
+    inside = relative_to(name.lstrip(b"/"), mountpoint.strip(b"/"))
+    if not is_below(name.lstrip(b"/"), mountpoint.strip(b"/")) or not inside:
+        raise MountNotFound(
+            f"{text(name)} is not below {text(mountpoint)}, the mount point of its mount"
+        )
+    directory, _, last = inside.rpartition(b"/")
+    return Site(namespace, live, directory, last)
+
+
+def text(path: bytes) -> str:
+    """A path for people: what is not printable, or not UTF-8, as backslash escapes."""
+    shown = path.decode(errors="backslashreplace")
+    if shown.isprintable():
+        return shown
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)

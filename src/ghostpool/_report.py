@@ -1,0 +1,145 @@
+"""The report of a run: one JSON document, versioned, written when it ends or fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ghostpool._errors import GhostpoolError
+from ghostpool._lease import MountUsage
+from ghostpool._match import text
+from ghostpool._plan import Plan, PlannedMount
+from ghostpool._process import MountHandle
+
+SCHEMA = 1
+
+
+@dataclass(slots=True)
+class Report:
+    """What is known of a run; grows while it goes on."""
+
+    strategy: str = "remount"
+    plan: Plan | None = None
+    usage: Mapping[MountHandle, MountUsage] = field(default_factory=dict)
+    identities: Mapping[MountHandle, int] = field(default_factory=dict)
+    clones: Mapping[MountHandle, int] = field(default_factory=dict)
+    workers: int = 0
+    peak_rss: int = 0
+    elapsed_s: float = 0.0
+    commands: list[tuple[int, int]] = field(default_factory=list)
+    """Task and status of each command that ran, 128 + n for one that signal n ended."""
+    left: list[str] = field(default_factory=list)
+    error: BaseException | None = None
+    status: int = 0
+    restored: bool = False
+    """Every ghost was restored and every mount put back, whatever a command said later."""
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document; docs/report.md describes it."""
+        plan = self.plan
+        return {
+            "schema": SCHEMA,
+            "strategy": self.strategy,
+            "status": self.status,
+            "restored": self.restored,
+            "elapsed_s": round(self.elapsed_s, 6),
+            "ghosts": len(plan.ghosts) if plan else 0,
+            "remaps": len(plan.opens) if plan else 0,
+            "tasks": len(plan.images.tasks) if plan else 0,
+            "namespaces": len({t.namespace for t in plan.images.tasks}) if plan else 0,
+            "mounts": [self._mount(planned) for planned in plan.mounts.values()] if plan else [],
+            "workers": {"count": self.workers, "peak_rss_bytes": self.peak_rss},
+            "commands": [{"task": task, "status": status} for task, status in self.commands],
+            "warnings": list(plan.warnings) if plan else [],
+            "refusals": [str(refusal) for refusal in plan.refusals] if plan else [],
+            "left": self.left,
+            "errors": [error_document(leaf) for leaf in leaves(self.error)],
+        }
+
+    def _mount(self, planned: PlannedMount) -> dict[str, Any]:
+        usage = self.usage.get(planned.handle, MountUsage(0, 0, True, 0.0))
+        return {
+            "namespace": planned.namespace.id,
+            "mountpoint": text(planned.mount.mountpoint),
+            "mount_id": planned.mount.mnt_id,
+            "unique_id": self.identities.get(planned.handle, 0),
+            "options": planned.mount.options(),
+            "made_writable": {
+                "service": self.clones.get(planned.service, 0) if planned.mount.read_only else 0,
+                "task": usage.made_writable,
+            },
+            "reverted": usage.reverted,
+            "leases": usage.leases,
+            "window_s": round(usage.window_s, 6),
+        }
+
+
+def leaves(error: BaseException | None) -> Iterable[BaseException]:
+    """The single errors inside a (group of) error(s)."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    elif error is not None:
+        yield error
+
+
+def error_document(error: BaseException) -> dict[str, Any]:
+    """One error with its fields."""
+    document: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
+    if not isinstance(error, GhostpoolError):
+        return document
+    for name in ("errno", "syscall", "path", "mount", "namespace", "file", "record", "command"):
+        value = getattr(error, name, None)
+        if value is not None:
+            document[name] = value
+    return document
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """What `ghostpool plan --json` prints; docs/report.md describes it."""
+    opens = []
+    for task in plan.tasks:
+        for planned in task.opens:
+            placed = plan.ghosts[planned.opening.ghost.id]
+            opens.append(
+                {
+                    "task": task.task.pid,
+                    "file": planned.opening.file.id,
+                    "ghost": planned.opening.ghost.id,
+                    "path": text(planned.opening.file.name),
+                    "namespace": planned.opening.mount.namespace.id,
+                    "mountpoint": text(planned.opening.mount.mount.mountpoint),
+                    "name": text(planned.names[0]),
+                    "mode": f"{placed.ghost.mode:o}",
+                    "owner": [placed.ghost.uid, placed.ghost.gid],
+                    "size": placed.ghost.size,
+                    "temporary_directory": text(placed.directory) or ".",
+                    "missing_directories": planned.missing,
+                }
+            )
+    leased = plan.leased
+    return {
+        "schema": SCHEMA,
+        "strategy": "remount",
+        "ghosts": len(plan.ghosts),
+        "tasks": len(plan.images.tasks),
+        "opens": opens,
+        "mounts": [
+            {
+                "namespace": planned.namespace.id,
+                "target": planned.namespace.target.label,
+                "mountpoint": text(planned.mount.mountpoint),
+                "mount_id": planned.mount.mnt_id,
+                "options": planned.mount.options(),
+                "service_clone": planned.mount.read_only,
+                "made_writable": planned.handle in leased,
+            }
+            for planned in plan.mounts.values()
+        ],
+        "warnings": plan.warnings,
+        "refusals": [
+            {"subject": refusal.subject, **error_document(refusal.error)}
+            for refusal in plan.refusals
+        ],
+    }

@@ -1,0 +1,429 @@
+"""The story of a restore: create, open, barrier, revert, clean, verify; or undo it all.
+
+The order is CRIU's (PREPARE_NAMESPACES, RESTORE, restore_wait_other_tasks, revert, cleanup), with
+the tasks opening their files at the same time. Each task holds its leases from before its first
+open until the barrier, so a mount is made writable when the first task needs it and put back
+after the last one has arrived. Whatever fails or is cancelled, the ledger and the leases undo
+what was done, last things first, out of reach of further cancellation.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import anyio
+
+from ghostpool import _linux
+from ghostpool._barrier import TaskBarrier
+from ghostpool._errors import (
+    BarrierBroken,
+    GhostpoolError,
+    RestoreError,
+    RevertError,
+    VerificationError,
+)
+from ghostpool._lease import MountLeases, MountUsage
+from ghostpool._ledger import (
+    Ledger,
+    final_directory,
+    place_of,
+    seen_from,
+    times_ns,
+)
+from ghostpool._match import join, relative_to, text
+from ghostpool._model import RegId
+from ghostpool._plan import Plan, PlannedGhost, PlannedOpen, PlannedTask, assign_slots
+from ghostpool._pool import PoolMounts, WorkerFailure, WorkerPool, kernel_error
+from ghostpool._process import MountHandle
+from ghostpool._protocol import (
+    Created,
+    CreateOp,
+    Failure,
+    Opened,
+    OpenOp,
+    Placed,
+    PlaceOp,
+)
+
+UNDO_S = 60.0
+"""Deadline of undoing, in seconds; only hung file systems come near it."""
+_CREATE_BATCH = 256
+_CREATE_BYTES = 8 << 20
+_OPEN_BATCH = 128
+_WEIGHT_BYTES = 1 << 16
+
+_T = TypeVar("_T")
+Progress = Callable[[str, int], None]
+"""Called with the name of a phase and how many pieces of it were just done."""
+
+
+def _silent(phase: str, done: int) -> None:
+    pass
+
+
+class Restored:
+    """What a restore gives: one descriptor for each reg file, until `close`."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.fds: dict[RegId, int] = {}
+        self.usage: dict[MountHandle, MountUsage] = {}
+        self.left: list[str] = []
+        """What could not be removed because somebody else uses it now, for people."""
+
+    def of_task(self, planned: PlannedTask) -> dict[int, int]:
+        """Number in the task to descriptor here; numbers that share one were dup'ed."""
+        return {
+            descriptor.number: self.fds[descriptor.reg_id]
+            for descriptor in planned.task.descriptors
+            if descriptor.reg_id in self.fds
+        }
+
+    def close(self) -> None:
+        """Close every descriptor, which frees the ghosts that nobody else holds."""
+        _linux.close_all(self.fds.values())
+        self.fds.clear()
+
+
+class Restoration:
+    """One run of a plan without refusals."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        pool: WorkerPool,
+        identities: Mapping[MountHandle, int],
+        *,
+        keep: bool = False,
+        own_owner: bool = False,
+        progress: Progress = _silent,
+    ) -> None:
+        plan.check()
+        self._plan = plan
+        self._pool = pool
+        self._keep = keep
+        self._own_owner = own_owner
+        self._progress = progress
+        kernel = PoolMounts(pool, plan.mounts)
+        kernel.identities.update(identities)
+        self._leases: MountLeases[MountHandle] = MountLeases(kernel, reopen=False)
+        self._barrier = TaskBarrier(planned.task.pid for planned in plan.tasks)
+        self._ledger = Ledger(pool, plan.mounts)
+        self._slots = assign_slots(self._weights(), pool.jobs)
+        self.restored = Restored(plan)
+
+    def _weights(self) -> Iterator[tuple[tuple[int, int], int, int]]:
+        for ghost in self._plan.ghosts.values():
+            cost = 1 + sum(e.length for e in ghost.ghost.extents) // _WEIGHT_BYTES
+            yield ghost.group, ghost.mount.namespace.target.index, cost
+        for planned in self._plan.opens:
+            yield planned.group, planned.opening.mount.namespace.target.index, 1
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Restored]:
+        """Restore, and hold the descriptors for the time of the block.
+
+        RestoreError: it failed and everything was undone. RevertError: something could not be
+        undone. The first cause comes out alone; if undoing failed too, in an ExceptionGroup.
+        """
+        try:
+            try:
+                await self._run()
+            except BaseException as error:
+                await self._undo(error)
+                raise
+            yield self.restored
+        finally:
+            self.restored.close()
+
+    async def _run(self) -> None:
+        try:
+            await self._create()
+            await self._open()
+        except BaseExceptionGroup as group:
+            raise first_cause(group) from None
+        finally:
+            self.restored.usage = self._leases.usage()
+        await self._clean()
+        self._verify()
+
+    # -- create ---------------------------------------------------------------------------------
+
+    async def _create(self) -> None:
+        by_slot: dict[int, list[PlannedGhost]] = {}
+        for planned in self._plan.ghosts.values():
+            by_slot.setdefault(self._slots[planned.group], []).append(planned)
+        async with anyio.create_task_group() as group:
+            for slot, ghosts in by_slot.items():
+                group.start_soon(self._create_in_slot, slot, ghosts)
+
+    async def _create_in_slot(self, slot: int, ghosts: list[PlannedGhost]) -> None:
+        # What the plan saw may have been replaced since: look directories up anew.
+        await self._pool.call(slot, "forget_directories")
+        ghosts.sort(key=lambda planned: planned.mount.namespace.target.index)
+        for batch in _batches(ghosts, _CREATE_BATCH, _content, _CREATE_BYTES):
+            await self._create_batch(slot, batch)
+        # An outer directory has its name before an inner one is moved into it.
+        directories = sorted((g for g in ghosts if g.final), key=_depth)
+        for planned in directories:
+            await self._place(slot, planned)
+
+    async def _create_batch(self, slot: int, ghosts: Sequence[PlannedGhost]) -> None:
+        for planned in ghosts:
+            self._ledger.creating(planned, slot)
+        request = [tuple(self._create_op(planned)) for planned in ghosts]
+        try:
+            answers, _ = await self._pool.call(
+                slot,
+                "create",
+                request,
+                target=ghosts[0].mount.namespace.target.index,
+                mounts={planned.mount.service for planned in ghosts},
+            )
+        except WorkerFailure as error:
+            for planned, fields in zip(ghosts, error.failure.done, strict=False):
+                self._ledger.created(planned, Created(*fields))
+            raise self._failed(error.failure, ghosts[error.failure.at].ghost.file) from error
+        for planned, fields in zip(ghosts, answers, strict=True):
+            self._ledger.created(planned, Created(*fields))
+        self._progress("create", len(ghosts))
+
+    def _create_op(self, planned: PlannedGhost) -> CreateOp:
+        ghost = planned.ghost
+        return CreateOp(
+            mount=planned.mount.service,
+            directory=planned.directory,
+            name=planned.name,
+            mode=ghost.mode,
+            uid=os.geteuid() if self._own_owner else ghost.uid,
+            gid=os.getegid() if self._own_owner else ghost.gid,
+            times=times_ns(planned),
+            rdev=ghost.rdev or 0,
+            target=ghost.target or b"",
+            image=os.fsencode(ghost.file),
+            size=ghost.size,
+            extents=tuple((e.offset, e.length, e.position) for e in ghost.extents),
+        )
+
+    async def _place(self, slot: int, planned: PlannedGhost) -> None:
+        self._ledger.placing(planned)
+        operation = PlaceOp(
+            planned.mount.service,
+            planned.directory,
+            planned.name,
+            planned.parents,
+            planned.final,
+        )
+        try:
+            (fields,), _ = await self._pool.call(
+                slot,
+                "place",
+                [tuple(operation)],
+                target=planned.mount.namespace.target.index,
+                mounts=[planned.mount.service],
+            )
+        except WorkerFailure as error:
+            raise self._failed(error.failure, planned.ghost.file) from error
+        self._ledger.placed(planned, Placed(*fields))
+
+    # -- open -----------------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        async with anyio.create_task_group() as group:
+            for planned in self._plan.tasks:
+                group.start_soon(self._bring_up, planned)
+
+    async def _bring_up(self, planned: PlannedTask) -> None:
+        pid = planned.task.pid
+        async with self._barrier.party(pid), self._leases.hold(planned.leases):
+            by_slot: dict[int, list[PlannedOpen]] = {}
+            for opening in planned.opens:
+                by_slot.setdefault(self._slots[opening.group], []).append(opening)
+            async with anyio.create_task_group() as group:
+                for slot, opens in by_slot.items():
+                    group.start_soon(self._open_in_slot, slot, opens)
+            self._progress("arrive", 1)
+            await self._barrier.arrive(pid)
+
+    async def _open_in_slot(self, slot: int, opens: list[PlannedOpen]) -> None:
+        opens.sort(key=lambda planned: planned.opening.mount.namespace.target.index)
+        for batch in _batches(opens, _OPEN_BATCH):
+            await self._open_batch(slot, batch)
+
+    async def _open_batch(self, slot: int, opens: Sequence[PlannedOpen]) -> None:
+        for planned in opens:
+            self._ledger.linking(planned, slot)
+        operations = [self._open_op(planned) for planned in opens]
+        handles = {MountHandle(op.link) for op in operations}
+        handles |= {MountHandle(op.live) for op in operations}
+        try:
+            answers, fds = await self._pool.call(
+                slot,
+                "open",
+                [tuple(operation) for operation in operations],
+                target=opens[0].opening.mount.namespace.target.index,
+                mounts=handles,
+            )
+        except WorkerFailure as error:
+            # The worker took its names away again before it answered; those are not owed.
+            for planned in opens:
+                self._ledger.unlinked(planned)
+            name = text(opens[error.failure.at].opening.file.name)
+            raise self._failed(error.failure, name) from error
+        for planned, fields, fd in zip(opens, answers, fds, strict=True):
+            self.restored.fds[planned.opening.file.id] = fd
+            self._ledger.unlinked(planned)
+            opened = Opened(*fields)
+            self.restored.left += [
+                f"{text(path)} on mount {planned.opening.mount.label}: not removed, something "
+                "else is in it now"
+                for path in opened.left
+            ]
+        self._progress("open", len(opens))
+
+    def _open_op(self, planned: PlannedOpen) -> OpenOp:
+        opening = planned.opening
+        placed = self._plan.ghosts[opening.ghost.id]
+        created = self._ledger.result(opening.ghost.id)
+        operation = OpenOp(
+            link=planned.link,
+            temp_directory=b"",
+            temp_name=b"",
+            link_directory=b"",
+            live=opening.mount.handle,
+            live_directory=opening.site.directory,
+            names=planned.names,
+            flags=opening.flags,
+            position=-1 if opening.file.position is None else opening.file.position,
+            device=created.device,
+            inode=created.inode,
+            mode=opening.ghost.mode,
+            size=self._size_to_check(opening.file.size, opening.ghost.mode),
+            keep=self._keep,
+        )
+        if placed.final:
+            # Directories have their name already, and it is found inside the file system.
+            place = join(placed.mount.mount.root.strip(b"/"), final_directory(placed))
+            return operation._replace(
+                live_directory=seen_from(place, opening.mount),
+                names=(self._ledger.final_name(opening.ghost.id),),
+            )
+        return operation._replace(
+            temp_directory=relative_to(place_of(placed), planned.link_root),
+            temp_name=placed.name,
+            link_directory=relative_to(opening.site.path, planned.link_root),
+        )
+
+    @staticmethod
+    def _size_to_check(size: int | None, mode: int) -> int:
+        # A directory's size is the file system's own affair.
+        return -1 if size is None or not stat.S_ISREG(mode) else size
+
+    # -- after the barrier ----------------------------------------------------------------------
+
+    async def _clean(self) -> None:
+        self.restored.left += await self._ledger.clear(keep_final=self._keep)
+        self._progress("clean", 1)
+
+    def _verify(self) -> None:
+        """After everything: no name is left of any ghost (or one, if it was to be kept)."""
+        if self._keep:
+            return
+        for planned in self._plan.opens:
+            fd = self.restored.fds[planned.opening.file.id]
+            status = os.fstat(fd)
+            gone = status.st_nlink == 0 or os.readlink(f"/proc/self/fd/{fd}").endswith(
+                " (deleted)"
+            )
+            if not gone:
+                raise VerificationError(
+                    f"{text(planned.opening.file.name)}: still has {status.st_nlink} names "
+                    "after the restore: another process has linked it"
+                )
+
+    async def _undo(self, cause: BaseException) -> None:
+        """Take back what was done; raises only if that fails, together with the cause."""
+        with anyio.CancelScope(shield=True):
+            self.restored.close()
+            try:
+                with anyio.fail_after(UNDO_S):
+                    self.restored.left += await self._ledger.clear()
+            except TimeoutError:
+                late = RevertError(
+                    f"undoing did not end within {UNDO_S:.0f} s", "look for .ghostpool-* files"
+                )
+                raise ExceptionGroup("undoing failed", [late, *_reportable(cause)]) from None
+            except Exception as error:  # noqa: BLE001  raised again, with its cause
+                raise ExceptionGroup("undoing failed", [error, *_reportable(cause)]) from None
+
+    def _failed(self, failure: Failure, subject: str) -> RestoreError:
+        if failure.errno:
+            return kernel_error(failure, self._plan.mounts, f"while restoring {subject}")
+        return VerificationError(
+            f"{subject}: restored file differs in its {failure.step} "
+            f"({text(failure.path)} on its mount)"
+        )
+
+
+def _reportable(error: BaseException) -> list[Exception]:
+    return [error] if isinstance(error, Exception) else []
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error that made the others: not a broken barrier, and what needs the user first.
+
+    A group comes back as a group only if a mount could not be put back besides a failure.
+    """
+    leaves = list(_leaves(error))
+    reverts = [leaf for leaf in leaves if isinstance(leaf, RevertError)]
+    causes = [
+        leaf for leaf in leaves if not isinstance(leaf, (BarrierBroken, RevertError))
+    ]
+    real = [leaf for leaf in causes if isinstance(leaf, Exception)]
+    if reverts and real:
+        return ExceptionGroup("failed, and not everything could be put back", [*reverts, real[0]])
+    if reverts:
+        return reverts[0] if len(reverts) == 1 else ExceptionGroup("not put back", reverts)
+    if real:
+        return next((e for e in real if isinstance(e, GhostpoolError)), real[0])
+    return causes[0] if causes else leaves[0]
+
+
+def _leaves(error: BaseException) -> Iterable[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+def _depth(planned: PlannedGhost) -> int:
+    return planned.directory.count(b"/") + len(planned.parents) + bool(planned.directory)
+
+
+def _content(planned: PlannedGhost) -> int:
+    return sum(extent.length for extent in planned.ghost.extents)
+
+
+def _batches(
+    items: Sequence[_T],
+    most: int,
+    weigh: Callable[[_T], int] = lambda item: 0,
+    limit: int = 1,
+) -> Iterator[list[_T]]:
+    """Split into runs of at most `most` items that weigh `limit` together, or of one item."""
+    batch: list[_T] = []
+    weight = 0
+    for item in items:
+        own = weigh(item)
+        if batch and (len(batch) >= most or weight + own > limit):
+            yield batch
+            batch, weight = [], 0
+        batch.append(item)
+        weight += own
+    if batch:
+        yield batch

@@ -1,0 +1,205 @@
+"""One run of a command: from the images to a plan, a restore, and what becomes of it.
+
+Joins the parts: images, targets or a sandbox, fork server, pool, survey, restoration, delivery.
+Every part is a context manager, so that whatever ends the run, they end in reverse order.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import anyio
+
+from ghostpool import _buildspec, _linux
+from ghostpool._errors import PlanError, SandboxError
+from ghostpool._images import read_images
+from ghostpool._launch import Launched
+from ghostpool._model import Images, NsId
+from ghostpool._plan import Plan, Policy
+from ghostpool._pool import WorkerPool
+from ghostpool._process import BuildFailed, ForkServer, MountHandle
+from ghostpool._report import Report
+from ghostpool._restore import Progress, Restoration, Restored, _silent
+from ghostpool._sandbox import specs_from_images
+from ghostpool._survey import Survey
+from ghostpool._targets import Target, adopt, pin, resolve_namespaces
+
+_SPARE_FDS = 128
+"""Descriptors that a run needs besides those of mounts and ghosts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the operator asked for."""
+
+    images_dir: str
+    jobs: int
+    tree: int | None = None
+    namespaces: Mapping[NsId, str] = field(default_factory=dict)
+    external: Mapping[str, str] = field(default_factory=dict)
+    policy: Policy = Policy()
+    mount_setattr: bool = True
+    """False: do as on Linux before 5.12, with mount(2)."""
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A plan, and everything that carrying it out needs."""
+
+    request: Request
+    server: ForkServer
+    pool: WorkerPool
+    targets: dict[NsId, Target]
+    plan: Plan
+    identities: Mapping[MountHandle, int]
+    report: Report
+    soft_limit: int
+    """RLIMIT_NOFILE as it was; commands get it back."""
+
+    @asynccontextmanager
+    async def restored(self, progress: Progress = _silent) -> AsyncIterator[Restored]:
+        """Carry the plan out and hold the descriptors for the time of the block."""
+        restoration = Restoration(
+            self.plan,
+            self.pool,
+            self.identities,
+            keep=self.request.policy.keep,
+            own_owner=self.request.policy.own_owner,
+            progress=progress,
+        )
+        try:
+            async with restoration.running() as restored:
+                await self.release_workers()
+                self.report.restored = True
+                yield restored
+        finally:
+            self.report.usage = restoration.restored.usage
+            self.report.left += restoration.restored.left
+
+    async def release_workers(self) -> None:
+        """End the workers and their clones: nothing of the restore itself goes on."""
+        await self.pool.stop()
+        _linux.close_all(self.pool.mounts.values())
+        self.pool.mounts.clear()
+
+
+@asynccontextmanager
+async def prepared(
+    request: Request,
+    launched: Launched,
+    report: Report,
+    check: Callable[[Plan], None] = Plan.check,
+) -> AsyncIterator[Prepared]:
+    """Everything up to the first change. PlanError: the restore is ruled out.
+
+    `check` may raise for a plan that is not to be carried out.
+    """
+    begun = time.monotonic()
+    soft_limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    targets: list[Target] = []
+    try:
+        async with ForkServer.running(launched) as server:
+            images_fd = _open_directory(request.images_dir)
+            try:
+                images = read_images(request.images_dir, directory_fd=images_fd)
+                by_id, targets = await _targets(request, images, server)
+                async with WorkerPool.running(
+                    server, request.jobs, targets, mount_setattr=request.mount_setattr
+                ) as pool:
+                    pool.set_images(images_fd)
+                    try:
+                        survey = Survey(pool, images, request.policy)
+                        plan = await survey.plan(by_id, secrets.token_hex(6).encode())
+                        report.plan = plan
+                        report.identities = survey.identities
+                        report.clones = {handle: 1 for handle in pool.mounts if handle % 2}
+                        _check_descriptors(plan, hard)
+                        check(plan)
+                        yield Prepared(
+                            request,
+                            server,
+                            pool,
+                            by_id,
+                            plan,
+                            survey.identities,
+                            report,
+                            soft_limit,
+                        )
+                    finally:
+                        with anyio.CancelScope(shield=True):
+                            await pool.stop()
+                        report.workers = max(report.workers, pool.started)
+                        report.peak_rss = max(report.peak_rss, pool.peak_rss)
+            finally:
+                os.close(images_fd)
+    finally:
+        _linux.close_all(target.fd for target in targets)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard))
+        report.elapsed_s = time.monotonic() - begun
+
+
+def _open_directory(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise PlanError(
+            f"{path}: {error.strerror}: name the directory that was given to criu dump -D"
+        ) from error
+
+
+async def _targets(
+    request: Request, images: Images, server: ForkServer
+) -> tuple[dict[NsId, Target], list[Target]]:
+    where = resolve_namespaces(images, request.tree, request.namespaces)
+    if where:
+        if request.external:
+            raise PlanError("--external is for rebuilt namespaces: leave it out with -t or --ns")
+        return pin(where)
+    specs = specs_from_images(images, request.external)
+    try:
+        fds = await server.build(_buildspec.marshal(specs))
+    except BuildFailed as error:
+        raise SandboxError(f"the mount namespaces can not be rebuilt: {error}") from error
+    return adopt({NsId(spec.id): fd for spec, fd in zip(specs, fds, strict=True)})
+
+
+def _check_descriptors(plan: Plan, limit: int) -> None:
+    needed = 2 * len(plan.mounts) + len(plan.opens) + _SPARE_FDS
+    if needed > limit:
+        raise PlanError(
+            f"{len(plan.opens)} files on {len(plan.mounts)} mounts need {needed} descriptors at "
+            f"once, but the limit is {limit}: raise it (ulimit -Hn, LimitNOFILE=)"
+        )
+
+
+async def run_plan(request: Request, launched: Launched, report: Report) -> None:
+    """Make the plan into `report`, refusals included, and change nothing."""
+
+    def show_anyway(plan: Plan) -> None:
+        pass
+
+    async with prepared(request, launched, report, show_anyway):
+        pass
+
+
+Delivery = Callable[[Prepared, Restored], Awaitable[None]]
+
+
+async def run_restore(
+    request: Request,
+    launched: Launched,
+    report: Report,
+    deliver: Delivery,
+    progress: Progress = _silent,
+) -> None:
+    """Restore, and hand the descriptors to `deliver` after the mounts are back."""
+    async with prepared(request, launched, report) as run:
+        async with run.restored(progress) as restored:
+            await deliver(run, restored)

@@ -1,0 +1,57 @@
+"""Ending a run by a signal or by its time limit, with everything undone.
+
+The signals are received until the very end: a second Ctrl-C, which would find Python's own
+handler otherwise, can not skip the undoing that the first one began.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Awaitable, Callable
+
+import anyio
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+        super().__init__(number.name)
+
+
+async def until_interrupted(story: Callable[[], Awaitable[None]], timeout: float | None) -> None:
+    """Await `story`; Interrupted after a signal, TimeoutError after `timeout` seconds.
+
+    Errors of the story come out as they are, also when a signal came while it was failing.
+    """
+    received: list[signal.Signals] = []
+    deadline = anyio.current_time() + (math.inf if timeout is None else timeout)
+    with anyio.CancelScope(shield=True) as watching:
+        with anyio.open_signal_receiver(*_SIGNALS) as signals:
+            async with anyio.create_task_group() as group:
+                scope = anyio.CancelScope(deadline=deadline)
+
+                async def watch() -> None:
+                    async for number in signals:
+                        received.append(number)
+                        scope.cancel()
+
+                group.start_soon(watch)
+                error: Exception | None = None
+                try:
+                    with scope:
+                        await story()
+                except Exception as caught:  # noqa: BLE001  raised again below, out of the group
+                    error = caught
+                group.cancel_scope.cancel()
+    del watching
+    if error is not None:
+        raise error
+    if received and scope.cancelled_caught:
+        raise Interrupted(received[0])
+    if scope.cancelled_caught:
+        raise TimeoutError

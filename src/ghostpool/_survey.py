@@ -1,0 +1,184 @@
+"""The survey: what a plan needs to know of live namespaces, gathered by workers.
+
+Everything up to the first change: mount tables are read, the mounts that matter are opened and
+identified by the kernel, read-only ones get their private writable clone, and the old names are
+looked at. Nothing that anybody else could see is different afterwards.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import anyio
+
+from ghostpool._errors import MountNotFound, Overmounted, PlanError, UnsupportedError
+from ghostpool._match import Namespace
+from ghostpool._model import Images, NsId
+from ghostpool._mountinfo import MountTable
+from ghostpool._plan import Plan, PlannedMount, Planner, Policy
+from ghostpool._pool import WorkerFailure, WorkerPool
+from ghostpool._process import MountHandle
+from ghostpool._protocol import Failure, Look, MountFacts
+from ghostpool._targets import Target
+
+_BATCH = 200
+_Place = tuple[MountHandle, bytes, tuple[bytes, ...]]
+_T = TypeVar("_T")
+
+
+class Survey:
+    """Makes the plan of one restore."""
+
+    def __init__(self, pool: WorkerPool, images: Images, policy: Policy) -> None:
+        self._pool = pool
+        self._images = images
+        self._policy = policy
+        self.identities: dict[MountHandle, int] = {}
+        """Unique id (or mnt_id, before Linux 6.8) of each planned mount."""
+
+    async def plan(self, targets: Mapping[NsId, Target], token: bytes) -> Plan:
+        """The plan, with its refusals. PlanError: the live namespaces can not be read.
+
+        `token` is the random part of temporary names.
+        """
+        tables = await self._tables(list({t.index: t for t in targets.values()}.values()))
+        namespaces = {
+            number: Namespace(number, target, tables[target.index])
+            for number, target in targets.items()
+        }
+        planner = Planner(self._images, namespaces, self._policy, token)
+        planner.add_bases()
+        await self._open_mounts(planner)
+        return planner.finish(await self._look(planner))
+
+    def _slot(self, target: Target) -> int:
+        return target.index % self._pool.jobs
+
+    async def _tables(self, targets: Sequence[Target]) -> dict[int, MountTable]:
+        tables: dict[int, MountTable] = {}
+
+        async def read(target: Target) -> None:
+            try:
+                _, (fd,) = await self._pool.call(
+                    self._slot(target), "mountinfo", target=target.index
+                )
+            except WorkerFailure as error:
+                failure = error.failure
+                raise PlanError(
+                    f"{target.label}: {failure.step}: {os.strerror(failure.errno)}"
+                ) from error
+            with open(fd, "rb") as file:  # noqa: ASYNC230  procfs never blocks
+                tables[target.index] = MountTable(file.read())
+
+        await _each(read, targets)
+        return tables
+
+    async def _open_mounts(self, planner: Planner) -> None:
+        by_target: dict[int, list[PlannedMount]] = {}
+        for planned in planner.mounts:
+            by_target.setdefault(planned.namespace.target.index, []).append(planned)
+
+        async def open_all(mounts: list[PlannedMount]) -> None:
+            for start in range(0, len(mounts), _BATCH):
+                await self._open_batch(planner, mounts[start : start + _BATCH])
+
+        await _each(open_all, list(by_target.values()))
+
+    async def _open_batch(self, planner: Planner, mounts: list[PlannedMount]) -> None:
+        target = mounts[0].namespace.target
+        slot = self._slot(target)
+        points = [(planned.handle, planned.mount.mountpoint) for planned in mounts]
+        try:
+            facts, fds = await self._pool.call(slot, "open_mounts", points, target=target.index)
+        except WorkerFailure as error:
+            planned = mounts[error.failure.at]
+            raise _mount_error(planned, error.failure) from error
+        for planned, fields, fd in zip(mounts, facts, fds, strict=True):
+            self._pool.mounts[planned.handle] = fd
+            found = MountFacts(*fields)
+            self.identities[planned.handle] = found.unique_id or found.mnt_id
+            if found.mnt_id != planned.mount.mnt_id:
+                planner.refuse(
+                    planned.label,
+                    Overmounted(
+                        f"its mount point leads to mount {found.mnt_id}, not to mount "
+                        f"{planned.mount.mnt_id} of the table: another mount hides it"
+                    ),
+                )
+        self._pool.learned(slot, [planned.handle for planned in mounts])
+        await self._clone(planner, [planned for planned in mounts if planned.mount.read_only])
+
+    async def _clone(self, planner: Planner, mounts: list[PlannedMount]) -> None:
+        """Make the service side of read-only mounts; one at a time is refused, not the batch."""
+        for planned in mounts:
+            target = planned.namespace.target
+            if target.is_host or planned.mount.superblock_read_only:
+                continue  # refused already; the host's mounts are not even cloned
+            pair = [(planned.handle, planned.service)]
+            slot = self._slot(target)
+            try:
+                _, (fd,) = await self._pool.call(
+                    slot, "clone", pair, target=target.index, mounts=[planned.handle]
+                )
+            except WorkerFailure as error:
+                planner.refuse(planned.label, _clone_error(error.failure))
+                continue
+            self._pool.mounts[planned.service] = fd
+            self._pool.learned(slot, [planned.service])
+
+    async def _look(self, planner: Planner) -> dict[tuple[MountHandle, bytes], Look]:
+        mounts = {planned.handle: planned for planned in planner.mounts}
+        by_target: dict[int, list[_Place]] = {}
+        for (handle, directory), names in planner.looks.items():
+            index = mounts[handle].namespace.target.index
+            by_target.setdefault(index, []).append((handle, directory, names))
+        looks: dict[tuple[MountHandle, bytes], Look] = {}
+
+        async def look(item: tuple[int, list[_Place]]) -> None:
+            index, places = item
+            for start in range(0, len(places), _BATCH):
+                batch = places[start : start + _BATCH]
+                handles = {handle for handle, _, _ in batch}
+                answers, _ = await self._pool.call(
+                    index % self._pool.jobs, "look", batch, target=index, mounts=handles
+                )
+                for (handle, directory, _), fields in zip(batch, answers, strict=True):
+                    looks[handle, directory] = Look(*fields)
+
+        await _each(look, list(by_target.items()))
+        return looks
+
+
+async def _each(function: Callable[[_T], Awaitable[None]], items: Iterable[_T]) -> None:
+    """Run `function` on all items at once; the first error alone comes out."""
+    try:
+        async with anyio.create_task_group() as group:
+            for item in items:
+                group.start_soon(function, item)
+    except BaseExceptionGroup as error:
+        raise error.exceptions[0] from None
+
+
+def _mount_error(planned: PlannedMount, failure: Failure) -> PlanError:
+    if failure.errno == errno.ENOENT:
+        return MountNotFound(f"{planned.label} is gone since its namespace was read")
+    if failure.errno == errno.ELOOP:
+        return Overmounted(f"{planned.label} is hidden: its path leads through a symbolic link")
+    return PlanError(f"{planned.label}: {failure.step}: {os.strerror(failure.errno)}")
+
+
+def _clone_error(failure: Failure) -> PlanError:
+    if failure.errno == errno.EPERM:
+        return PlanError(
+            "its read-only flag is locked: it came into this mount namespace from one of another "
+            "user namespace, and no caller can clear it there (mount_namespaces(7))"
+        )
+    if failure.errno == errno.EINVAL:
+        return UnsupportedError("the mount is unbindable, so it can not be cloned")
+    if failure.errno == errno.ENOSPC:
+        return PlanError("no more mount namespaces are allowed: raise user.max_mnt_namespaces")
+    return PlanError(f"no writable clone of it: {failure.step}: {os.strerror(failure.errno)}")
+
