@@ -1,0 +1,74 @@
+"""The package as such: what importing it costs, and what it exports."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ghostpool
+from ghostpool import _errors
+
+HEAVY = ["trio", "anyio", "google.protobuf", "psutil", "click", "rich", "asyncio", "typing"]
+ABOVE = str(Path(ghostpool.__file__).parent.parent)
+
+
+def run_isolated(code: str) -> str:
+    """Run `code` without site-packages, as a worker may be: only the package can be found."""
+    prologue = f"import sys; sys.path.insert(0, {ABOVE!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", prologue + code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    """`import ghostpool` alone loads no dependency, nor its own modules."""
+    loaded = run_isolated("import ghostpool; print(*sys.modules)").split()
+    assert [name for name in HEAVY if name in loaded] == []
+    assert [name for name in loaded if name.startswith("ghostpool.")] == []
+
+
+@pytest.mark.parametrize("module", ["_errors", "_linux", "_model", "_protocol", "_worker"])
+def test_the_worker_side_needs_only_the_standard_library(module: str) -> None:
+    """What a worker imports loads where there are no site-packages, and without an event loop."""
+    loaded = run_isolated(f"import ghostpool.{module}; print(*sys.modules)").split()
+    assert f"ghostpool.{module}" in loaded
+    assert [name for name in HEAVY[:-1] if name in loaded] == []
+
+
+def test_every_error_is_exported() -> None:
+    """All errors that a user can catch are found at the top, and are the very classes."""
+    assert set(_errors.__all__) <= set(ghostpool.__all__)
+    for name in _errors.__all__:
+        assert getattr(ghostpool, name) is getattr(_errors, name)
+
+
+def test_every_exported_name_exists() -> None:
+    """`__all__`, `dir()` and the lazy table agree."""
+    assert set(ghostpool.__all__) <= set(dir(ghostpool))
+    for name in ghostpool.__all__:
+        assert getattr(ghostpool, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    """A misspelt name fails as it does for any module."""
+    with pytest.raises(AttributeError, match="'ghostpool' has no attribute 'Ghostpol'"):
+        getattr(ghostpool, "Ghostpol")  # noqa: B009  a type checker would refuse the plain form
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    """What `ghostpool.__version__` says is what was installed."""
+    try:
+        installed = importlib.metadata.version("ghostpool")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("runs from the source tree, not installed")
+    assert ghostpool.__version__ == installed
