@@ -1,0 +1,140 @@
+"""files.img: every open file of the dump, by what the other images refer to it with.
+
+A reference is a type and an id, and leads to a reg file directly or, for fifos and terminals,
+through the satellite that they were opened by. Sockets, pipes and the rest are only counted as
+present, so that an image that was cut between two records is noticed by those who refer to it.
+Source: CRIU 4.2, images/fdinfo.proto, regfile.proto, fifo.proto, tty.proto, sk-unix.proto.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, Final
+
+from ._errors import ImageError, UnsupportedError
+from ._imagefile import ImageDirectory
+from ._imagemounts import is_image_path
+from ._model import MntId, RegFile, RegId
+
+# enum fd_types, and the field of file_entry that holds the details.
+FD_TYPE_REG: Final = 1
+FD_TYPE_FIFO: Final = 3
+_UNIXSK: Final = 5
+_TTY: Final = 11
+_DETAILS: Final = {FD_TYPE_REG: "reg", FD_TYPE_FIFO: "fifo", _UNIXSK: "usk", _TTY: "tty"}
+
+_NO_SEEK: Final = (1 << 64) - 1
+
+
+@dataclass(slots=True)
+class FileTable:
+    """files.img, by what the other images refer to it with."""
+
+    regs: dict[RegId, RegFile] = field(default_factory=dict)
+    records: dict[RegId, int] = field(default_factory=dict)
+    leads_to: dict[tuple[int, int], RegId | None] = field(default_factory=dict)
+    """(type, id) of every file, and the reg file behind it, if any."""
+    pipes: dict[int, RegId] = field(default_factory=dict)
+    """Reg file of the first fifo in the image with a pipe_id."""
+    deleted_sockets: list[bytes] = field(default_factory=list)
+
+
+def read_files(source: ImageDirectory) -> FileTable:
+    """Read files.img. UnsupportedError: the lists of CRIU before 3.4, one for each type."""
+    name = "files.img"
+    files = FileTable()
+    satellites: list[tuple[int, Any]] = []
+    for number, entry in enumerate(source.records(name, "files")):
+        kind = entry.type
+        key = (kind, entry.id)
+        # By type and id: before CRIU 3.6 a fifo and its reg file have the same id.
+        if key in files.leads_to:
+            raise ImageError(name, number, f"repeats file id {entry.id} of type {kind}")
+        files.leads_to[key] = None
+        details = _DETAILS.get(kind)
+        if details is None:
+            continue
+        if not entry.HasField(details):
+            raise ImageError(name, number, f"a file of type {kind} without its {details} entry")
+        inner = getattr(entry, details)
+        if inner.id != entry.id:
+            raise ImageError(name, number, f"file id {entry.id} holds an entry of id {inner.id}")
+        if kind == FD_TYPE_REG:
+            reg = _reg(name, number, inner)
+            files.leads_to[key] = reg.id
+            files.regs[reg.id] = reg
+            files.records[reg.id] = number
+        elif kind == _UNIXSK:
+            if inner.deleted:
+                files.deleted_sockets.append(_socket_name(inner))
+        else:
+            satellites.append((number, entry))
+    if not files.leads_to:
+        if "reg-files.img" in source.names:
+            raise UnsupportedError(f"{name}: images of a CRIU older than 3.4 are not supported")
+        state = "holds no file" if name in source.names else "is missing"
+        raise ImageError(name, None, f"{state}, but every task has files")
+    for number, entry in satellites:
+        _follow(name, number, entry, files)
+    return files
+
+
+def _follow(name: str, number: int, entry: Any, files: FileTable) -> None:
+    """Note the reg file that a fifo or a terminal was opened through."""
+    inner = entry.fifo if entry.type == FD_TYPE_FIFO else entry.tty
+    named = inner.HasField("regf_id")
+    reg = RegId(inner.regf_id if named else inner.id)
+    if reg not in files.regs:
+        if entry.type == _TTY and not named:
+            return  # a terminal without a path of its own
+        raise ImageError(
+            name, number, f"file id {entry.id} was opened through id {reg}, which is not there"
+        )
+    files.leads_to[(entry.type, entry.id)] = reg
+    if entry.type == FD_TYPE_FIFO:
+        # A pipe_id is an inode number, which two file systems can have both. CRIU dumps the data
+        # of an id once, with the first fifo that has it: dump_one_pipe_data() in criu/pipes.c.
+        files.pipes.setdefault(inner.pipe_id, reg)
+
+
+def _reg(name: str, number: int, entry: Any) -> RegFile:
+    path = entry.name
+    external = entry.ext
+    if not external and not is_image_path(path):
+        raise ImageError(name, number, f"{path[:80]!r} is no absolute, normal path of a file")
+    mnt_id = entry.mnt_id if entry.HasField("mnt_id") else -1
+    return RegFile(
+        RegId(entry.id),
+        entry.flags,
+        entry.pos if entry.pos != _NO_SEEK else None,
+        path,
+        MntId(mnt_id) if mnt_id != -1 else None,
+        entry.size if entry.HasField("size") else None,
+        entry.mode if entry.HasField("mode") else None,
+        external,
+    )
+
+
+def _socket_name(entry: Any) -> bytes:
+    name: bytes = entry.name.rstrip(b"\0")
+    base: bytes = entry.name_dir
+    return name if name.startswith(b"/") or not base else base + b"/" + name
+
+
+def read_fifo_data(source: ImageDirectory, files: FileTable) -> dict[RegId, int]:
+    """How many bytes each fifo held at the dump, by the first reg file it was opened through."""
+    name = "fifo-data.img"
+    pending: dict[RegId, int] = {}
+    entries = source.records(name, "fifo-data", payload=attrgetter("bytes"))
+    for number, entry in enumerate(entries):
+        pipe = entry.pipe_id
+        if pipe not in files.pipes:
+            raise ImageError(name, number, f"pipe id {pipe} is that of no fifo in files.img")
+        if files.pipes[pipe] in pending:
+            raise ImageError(name, number, f"repeats pipe id {pipe}")
+        pending[files.pipes[pipe]] = entry.bytes
+    return pending
+
+
+__all__ = ["FD_TYPE_FIFO", "FD_TYPE_REG", "FileTable", "read_fifo_data", "read_files"]

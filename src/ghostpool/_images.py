@@ -1,0 +1,312 @@
+"""CRIU's images as frozen values, joined and checked against each other.
+
+    pstree -> task -> ids -> fdinfo -> files -> remap-fpath -> ghost-file-X
+                        \\-> mountpoints-N <- mnt_id of the file
+
+`read_images` follows these arrows from the inventory on. An arrow that leads nowhere is an
+ImageError that names file and record; where an image that was cut between two records would
+go unnoticed that way, what was cut off is looked for from the other end (a ghost image that no
+record needs, a task's images without the task). Nothing is written, nothing is awaited.
+Source of the format: CRIU 4.2, images/*.proto and the code that reads them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ._errors import ImageError, UnsupportedError
+from ._filetable import FD_TYPE_FIFO, FD_TYPE_REG, FileTable, read_fifo_data, read_files
+from ._imagefile import ImageDirectory, open_directory
+from ._imagemounts import read_mounts
+from ._model import (
+    HOST_NS,
+    Descriptor,
+    Holder,
+    ImageMount,
+    Images,
+    MntId,
+    NsId,
+    Pid,
+    RegId,
+    Remap,
+    Task,
+)
+from ._remaps import check_remapped, read_ghosts, read_remaps
+
+_ALIVE: Final = 1
+_STOPPED: Final = 3
+_ZOMBIE: Final = frozenset((2, 6))
+
+_VMA_FILE: Final = 0x40 | 0x80
+_VMA_MEMFD: Final = 0x4000
+_VMA_PLUGIN: Final = 1 << 27
+
+_STRAY_TASK: Final = re.compile(r"(?:core|ids)-([1-9][0-9]*)\.img")
+
+
+def read_images(directory: str | os.PathLike[str], *, directory_fd: int | None = None) -> Images:
+    """Read and check the image directory of one `criu dump`.
+
+    `directory` names it in messages; with `directory_fd` that open directory is read instead
+    (it stays open). Ghost content is located, not read.
+    Raises ImageError for what is missing, malformed or contradictory, UnsupportedError for
+    images of CRIU versions or machines that ghostpool does not read; nothing else.
+    """
+    with open_directory(os.fspath(directory), directory_fd) as source:
+        return _read(source)
+
+
+def _read(source: ImageDirectory) -> Images:
+    inventory = _inventory(source)
+    living = _living_tasks(source)
+    root = living[0]
+    own_mounts = root.ids.mnt_ns_id != inventory.mnt_ns_id
+    for task in living:
+        _check_namespace(task, root, own_mounts)
+    files = read_files(source)
+    mounts = _mounts(source, living) if own_mounts else {}
+    _check_mount_ids(files, mounts)
+    remaps = read_remaps(source, files)
+    ghosts = read_ghosts(source, remaps, files)
+    check_remapped(remaps, files, mounts)
+    tasks = _tasks(source, living, files, remaps, own_mounts)
+    return Images(
+        directory=source.path,
+        tasks=tasks,
+        files=files.regs,
+        remaps=remaps,
+        ghosts=ghosts,
+        mounts=mounts,
+        root_namespace=tasks[0].namespace,
+        own_user_namespace=root.ids.user_ns_id != inventory.user_ns_id,
+        pending_fifo_bytes=read_fifo_data(source, files),
+        deleted_sockets=tuple(files.deleted_sockets),
+    )
+
+
+def _inventory(source: ImageDirectory) -> Any:
+    """Ids of the process that ran criu: what differs from them was dumped."""
+    name = "inventory.img"
+    inventory = source.inventory
+    if not inventory.fdinfo_per_id:
+        raise UnsupportedError(f"{name}: images of a CRIU older than 0.4 are not supported")
+    if not inventory.ns_per_id:
+        raise UnsupportedError(f"{name}: images of a CRIU older than 0.8 are not supported")
+    if not inventory.HasField("root_ids"):
+        raise ImageError(name, 0, "has no root_ids, so own namespaces can not be told from others")
+    return inventory.root_ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Living:
+    pid: int
+    parent: int
+    ids: Any
+
+    @property
+    def ids_file(self) -> str:
+        return f"ids-{self.pid}.img"
+
+
+def _living_tasks(source: ImageDirectory) -> list[_Living]:
+    """Tasks that are not zombies, parents first; the root is the first."""
+    name = "pstree.img"
+    parents: dict[int, int] = {}
+    threads: set[int] = set()
+    for number, entry in enumerate(source.records(name, "pstree")):
+        pid, parent = entry.pid, entry.ppid
+        if not pid:
+            raise ImageError(name, number, "0 is no pid")
+        if pid in parents:
+            raise ImageError(name, number, f"repeats pid {pid}")
+        if not parents:
+            if parent:
+                raise ImageError(name, number, f"the first task has a parent, {parent}")
+        elif parent not in parents:
+            raise ImageError(
+                name, number, f"task {pid} has parent {parent}, which no record before it lists"
+            )
+        parents[pid] = parent
+        threads.update(entry.threads)
+    if not parents:
+        state = "holds no task" if name in source.names else "is missing"
+        raise ImageError(name, None, state)
+    for image in sorted(source.names):
+        stray = _STRAY_TASK.fullmatch(image)
+        if stray and int(stray[1]) not in parents and int(stray[1]) not in threads:
+            raise ImageError(
+                name,
+                None,
+                f"{image} is there, but no record lists pid {stray[1]}: is {name} cut?",
+            )
+    living = [
+        _Living(pid, parent, ids)
+        for pid, parent in parents.items()
+        if (ids := _ids(source, pid)) is not None
+    ]
+    for thread in sorted(threads - parents.keys()):
+        core = f"core-{thread}.img"
+        if core in source.names:  # nothing in it matters here, but a cut directory should not pass
+            source.one(core, "core")
+    if not living or living[0].parent:
+        raise ImageError(name, 0, "the first task is a zombie: there is nothing to restore")
+    return living
+
+
+def _ids(source: ImageDirectory, pid: int) -> Any | None:
+    """The ids of a living task, None for a zombie: only its core image tells the two apart."""
+    core = f"core-{pid}.img"
+    entry = source.one(core, "core", absent=f"is missing, but pstree.img lists task {pid}")
+    if not entry.HasField("tc"):
+        raise ImageError(core, 0, f"is not that of a task, but pstree.img lists {pid} as one")
+    state = entry.tc.task_state
+    if state in _ZOMBIE:
+        return None
+    if state not in (_ALIVE, _STOPPED):
+        raise ImageError(core, 0, f"task state {state} is unknown")
+    absent = f"is missing, but {core} says that task {pid} is alive"
+    return source.one(f"ids-{pid}.img", "ids", absent=absent)
+
+
+def _check_namespace(task: _Living, root: _Living, own_mounts: bool) -> None:
+    namespace = task.ids.mnt_ns_id
+    if own_mounts and not namespace:
+        raise ImageError(task.ids_file, 0, "has no mnt_ns_id, but the dump has mount namespaces")
+    if not own_mounts and namespace != root.ids.mnt_ns_id:
+        raise ImageError(
+            task.ids_file,
+            0,
+            f"names mount namespace {namespace}, but the first task has none of its own",
+        )
+
+
+def _mounts(source: ImageDirectory, living: list[_Living]) -> dict[NsId, tuple[ImageMount, ...]]:
+    mounts: dict[NsId, tuple[ImageMount, ...]] = {}
+    homes: dict[MntId, NsId] = {}
+    for task in living:
+        namespace = NsId(task.ids.mnt_ns_id)
+        if namespace in mounts:
+            continue
+        mounts[namespace] = read_mounts(source, namespace, task=task.pid)
+        for mount in mounts[namespace]:
+            home = homes.setdefault(mount.id, namespace)
+            if home != namespace:
+                raise ImageError(
+                    f"mountpoints-{namespace}.img",
+                    None,
+                    f"repeats mnt_id {mount.id} of mountpoints-{home}.img",
+                )
+    return mounts
+
+
+def _tasks(
+    source: ImageDirectory,
+    living: list[_Living],
+    files: FileTable,
+    remaps: tuple[Remap, ...],
+    own_mounts: bool,
+) -> tuple[Task, ...]:
+    remapped = {remap.origin: remap for remap in remaps}
+    unused = {remap.origin for remap in remaps if remap.kind != "procfs"}
+    absent: list[str] = []
+    tables: dict[int, tuple[Descriptor, ...]] = {}
+    tasks = []
+    for task in living:
+        files_id = task.ids.files_id
+        if files_id not in tables:
+            tables[files_id] = _descriptors(source, files_id, files, absent)
+            unused.difference_update(row.reg_id for row in tables[files_id])
+        holders = tuple(
+            holder
+            for holder in _holders(source, Pid(task.pid), files, absent)
+            if holder.reg_id in remapped
+        )
+        unused.difference_update(holder.reg_id for holder in holders)
+        namespace = NsId(task.ids.mnt_ns_id) if own_mounts else HOST_NS
+        tasks.append(Task(Pid(task.pid), Pid(task.parent), namespace, tables[files_id], holders))
+    # A ghost may be held by something that is not read here (an inotify mark, a descriptor in
+    # flight), but beside a missing image it is far more likely that this image held it.
+    if unused and absent:
+        origin = min(unused)
+        raise ImageError(
+            absent[0],
+            None,
+            f"is missing, and nothing else refers to file id {origin} of remap-fpath.img, "
+            f"record {remapped[origin].record}",
+        )
+    return tuple(tasks)
+
+
+def _descriptors(
+    source: ImageDirectory, files_id: int, files: FileTable, absent: list[str]
+) -> tuple[Descriptor, ...]:
+    name = f"fdinfo-{files_id}.img"
+    if name not in source.names:
+        absent.append(name)
+    rows: dict[int, Descriptor | None] = {}
+    for number, entry in enumerate(source.records(name, "fdinfo")):
+        fd = entry.fd
+        if fd in rows:
+            raise ImageError(name, number, f"repeats descriptor {fd}")
+        if fd >> 31:
+            raise ImageError(name, number, f"{fd} is no number of a descriptor")
+        key = (entry.type, entry.id)
+        if key not in files.leads_to:
+            kind = "" if entry.type == FD_TYPE_REG else f" of type {entry.type}"
+            raise ImageError(
+                name,
+                number,
+                f"refers to file id {entry.id}{kind}, which files.img does not hold",
+            )
+        reg = files.leads_to[key]
+        rows[fd] = (
+            None
+            if reg is None
+            else Descriptor(fd, reg, bool(entry.flags & 1), entry.type == FD_TYPE_FIFO)
+        )
+    return tuple(row for _, row in sorted(rows.items()) if row is not None)
+
+
+def _holders(
+    source: ImageDirectory, pid: Pid, files: FileTable, absent: list[str]
+) -> Iterable[Holder]:
+    fs, mm = f"fs-{pid}.img", f"mm-{pid}.img"
+    found: list[tuple[str, str, int]] = []
+    if fs in source.names:
+        entry = source.one(fs, "fs")
+        found += [(fs, "cwd", entry.cwd_id), (fs, "root", entry.root_id)]
+    else:
+        absent.append(fs)
+    if mm in source.names:
+        entry = source.one(mm, "mm")
+        found.append((mm, "exe", entry.exe_file_id))
+        for vma in entry.vmas:
+            # For any other status shmid is not an id of a file.
+            if vma.status & _VMA_FILE and not vma.status & (_VMA_MEMFD | _VMA_PLUGIN):
+                found.append((mm, f"map:{vma.start:x}-{vma.end:x}", vma.shmid))
+    else:
+        absent.append(mm)
+    for name, key, reg in found:
+        if reg not in files.regs:
+            raise ImageError(
+                name, 0, f"{key} refers to file id {reg}, which files.img does not hold"
+            )
+        yield Holder(pid, key, RegId(reg))
+
+
+def _check_mount_ids(files: FileTable, mounts: dict[NsId, tuple[ImageMount, ...]]) -> None:
+    known = {mount.id for table in mounts.values() for mount in table}
+    for reg in files.regs.values():
+        if reg.mnt_id is not None and reg.mnt_id not in known and not reg.external:
+            raise ImageError(
+                "files.img",
+                files.records[reg.id],
+                f"{reg.name!r} is on mount {reg.mnt_id}, which no mountpoints image holds",
+            )
+
+
+__all__ = ["read_images"]

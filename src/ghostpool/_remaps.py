@@ -1,0 +1,135 @@
+"""remap-fpath.img: which open file is to be opened through which ghost, link or process.
+
+A record joins a reg file to its target, so both ends are checked here. An end that is cut off
+from the image is noticed from the other side: a ghost image, or a hidden name that the dump
+made (link_remap.N), without a record that leads to it.
+Source: CRIU 4.2, images/remap-file-path.proto, criu/files-reg.c (collect_one_remap).
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterable
+from typing import Final, Literal
+
+from ._errors import ImageError, UnsupportedError
+from ._filetable import FileTable
+from ._ghostfile import ghost_file_name, read_ghost
+from ._imagefile import ImageDirectory
+from ._model import Ghost, GhostId, ImageMount, NsId, RegId, Remap
+
+_KINDS: Final[dict[int, Literal["linked", "ghost", "procfs"]]] = {
+    0: "linked",
+    1: "ghost",
+    2: "procfs",
+}
+_OLD_GHOST_BIT: Final = 1 << 31
+_STRAY_GHOST: Final = re.compile(r"ghost-file-[0-9a-f]+\.img")
+
+
+def read_remaps(source: ImageDirectory, files: FileTable) -> tuple[Remap, ...]:
+    """The records of remap-fpath.img in file order, each of them leading somewhere."""
+    name = "remap-fpath.img"
+    remaps: dict[RegId, Remap] = {}
+    for number, entry in enumerate(source.records(name, "remap-fpath")):
+        origin, target = RegId(entry.orig_id), entry.remap_id
+        if entry.HasField("remap_type"):
+            code = entry.remap_type
+        else:  # CRIU wrote no type before 1.4, and none for links before 2.9
+            code = 1 if target & _OLD_GHOST_BIT else 0
+            target &= ~_OLD_GHOST_BIT
+        kind = _KINDS.get(code)
+        if kind is None:
+            raise UnsupportedError(f"{name}, record {number}: remap type {code} is unknown")
+        if origin not in files.regs:
+            raise ImageError(
+                name, number, f"refers to file id {origin}, which files.img does not hold"
+            )
+        if origin in remaps:
+            raise ImageError(name, number, f"repeats file id {origin}")
+        if files.regs[origin].external:
+            raise ImageError(name, number, f"file id {origin} is external, it can have no remap")
+        if kind == "linked" and RegId(target) not in files.regs:
+            raise ImageError(
+                name, number, f"leads to file id {target}, which files.img does not hold"
+            )
+        remaps[origin] = Remap(number, origin, kind, target)
+    needed = {ghost_file_name(remap.target) for remap in remaps.values() if remap.kind == "ghost"}
+    for image in sorted(source.names - needed):
+        if _STRAY_GHOST.fullmatch(image):
+            raise ImageError(
+                name, None, f"{image} is there, but no record refers to it: is {name} cut?"
+            )
+    _check_links(name, remaps.values(), files)
+    return tuple(remaps.values())
+
+
+def _check_links(name: str, remaps: Iterable[Remap], files: FileTable) -> None:
+    """Every hidden name that the dump made has its record."""
+    needed = {remap.target for remap in remaps if remap.kind == "linked"}
+    for reg in files.regs.values():
+        if (
+            reg.id not in needed
+            and reg.mnt_id is None
+            and reg.mode is None
+            and reg.name.endswith(b"/link_remap.%d" % reg.id)
+        ):
+            raise ImageError(
+                name,
+                None,
+                f"no record refers to {reg.name!r} (file id {reg.id}): is {name} cut?",
+            )
+
+
+def read_ghosts(
+    source: ImageDirectory, remaps: tuple[Remap, ...], files: FileTable
+) -> dict[GhostId, Ghost]:
+    """The ghosts that the remaps lead to, held against what files.img says of them."""
+    ghosts: dict[GhostId, Ghost] = {}
+    for remap in remaps:
+        if remap.kind != "ghost":
+            continue
+        ghost_id = GhostId(remap.target)
+        ghost = ghosts.get(ghost_id)
+        if ghost is None:
+            ghost = ghosts[ghost_id] = read_ghost(source, ghost_id, referrer=remap.record)
+        reg = files.regs[remap.origin]
+        if reg.size is not None and reg.size != ghost.size and stat.S_ISREG(ghost.mode):
+            problem = f"has {ghost.size} bytes", f"{reg.size}"
+        elif reg.mode is not None and reg.mode != ghost.mode:
+            problem = f"has mode {ghost.mode:#o}", f"{reg.mode:#o}"
+        else:
+            continue
+        where = f"files.img, record {files.records[reg.id]}"
+        raise ImageError(ghost.file, 0, f"the ghost {problem[0]}, {where} says {problem[1]}")
+    return ghosts
+
+
+def check_remapped(
+    remaps: tuple[Remap, ...], files: FileTable, mounts: dict[NsId, tuple[ImageMount, ...]]
+) -> None:
+    """What a file has to have so that it can be opened under its old name again."""
+    points = {mount.id: mount.mountpoint for table in mounts.values() for mount in table}
+    for remap in remaps:
+        reg = files.regs[remap.origin]
+        problem = None
+        if remap.kind == "procfs":
+            continue
+        if reg.position is not None and reg.position >> 63:
+            problem = f"{reg.position} is no position in a file"
+        elif reg.flags >> 31:
+            problem = f"{reg.flags:#x} are no open flags"
+        elif mounts and reg.mnt_id is None:
+            problem = f"{reg.name!r} was removed, but the record does not say from which mount"
+        elif reg.mnt_id is not None and not _below(reg.name, points[reg.mnt_id]):
+            problem = f"{reg.name!r} is not below its mount {reg.mnt_id} at {points[reg.mnt_id]!r}"
+        if problem is not None:
+            raise ImageError("files.img", files.records[reg.id], problem)
+
+
+def _below(name: bytes, mountpoint: bytes) -> bool:
+    return name == mountpoint or name.startswith(mountpoint.rstrip(b"/") + b"/")
+
+
+__all__ = ["check_remapped", "read_ghosts", "read_remaps"]
