@@ -1,0 +1,109 @@
+"""Fakes for tests of code that uses ghostpool: no root, no kernel, no process.
+
+`FakeKernel` keeps mount flags in memory and obeys the contract of `MountKernel`, in the order
+of the real one: ask (hook "start"), change all mounts at once, answer (hook "end"). A call that
+is cancelled at its start has changed nothing; one cancelled at its end has, and nobody knows.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Generic, Literal, TypeVar
+
+import anyio.lowlevel
+
+from ghostpool._errors import KernelError
+from ghostpool._linux import Attr
+
+M = TypeVar("M", bound=Hashable)
+
+_RDONLY = int(Attr.RDONLY)
+
+Call = Literal["make_writable", "make_read_only"]
+Stage = Literal["start", "end"]
+Hook = Callable[[Call, Stage, Sequence[M]], Awaitable[None]]
+
+
+class FakeKernel(Generic[M]):
+    """A `MountKernel` in memory.
+
+    `mounts` maps each mount to its attributes, or lists mounts that are read-only. `hook`, if
+    given, is awaited at the start and at the end of every call, and may sequence it, hang, be
+    cancelled or raise (as a worker that dies does).
+    """
+
+    def __init__(self, mounts: Mapping[M, int] | Iterable[M], hook: Hook[M] | None = None) -> None:
+        if not isinstance(mounts, Mapping):
+            mounts = dict.fromkeys(mounts, _RDONLY)
+        self.flags: dict[M, int] = {mount: int(flags) for mount, flags in mounts.items()}
+        self.hook = hook
+        self.log: list[tuple[Literal["rw", "ro"], M]] = []
+        """Every change of a read-only bit, in order; questions that change nothing are not in."""
+        self.calls: list[tuple[Call, tuple[M, ...]]] = []
+        """Every call, in the order of their starts."""
+        self._found = dict(self.flags)
+        self._failures: dict[tuple[Call, M], deque[int | Exception]] = defaultdict(deque)
+
+    def fail(self, call: Call, mount: M, error: int | Exception) -> None:
+        """Let the next `call` fail for `mount`, with an errno or an exception; can be queued."""
+        self._failures[call, mount].append(error)
+
+    def is_writable(self, mount: M) -> bool:
+        return not self.flags[mount] & _RDONLY
+
+    @property
+    def changed(self) -> set[M]:
+        """Mounts whose attributes are not as they were found."""
+        return {mount for mount, flags in self.flags.items() if flags != self._found[mount]}
+
+    async def make_writable(self, mounts: Sequence[M], /) -> list[bool | Exception]:
+        await self._enter("make_writable", mounts)
+        answer: list[bool | Exception] = []
+        for mount in mounts:
+            failure = self._failure("make_writable", mount)
+            if failure is not None:
+                answer.append(failure)
+            elif self.is_writable(mount):
+                answer.append(False)
+            else:
+                self.flags[mount] &= ~_RDONLY
+                self.log.append(("rw", mount))
+                answer.append(True)
+        await self._leave("make_writable", mounts)
+        return answer
+
+    async def make_read_only(self, mounts: Sequence[M], /) -> list[Exception | None]:
+        await self._enter("make_read_only", mounts)
+        answer: list[Exception | None] = []
+        for mount in mounts:
+            failure = self._failure("make_read_only", mount)
+            answer.append(failure)
+            if failure is None and self.is_writable(mount) and self._found[mount] & _RDONLY:
+                self.flags[mount] |= _RDONLY
+                self.log.append(("ro", mount))
+        await self._leave("make_read_only", mounts)
+        return answer
+
+    async def _enter(self, call: Call, mounts: Sequence[M]) -> None:
+        self.calls.append((call, tuple(mounts)))
+        await anyio.lowlevel.checkpoint()
+        if self.hook is not None:
+            await self.hook(call, "start", mounts)
+
+    async def _leave(self, call: Call, mounts: Sequence[M]) -> None:
+        if self.hook is not None:
+            await self.hook(call, "end", mounts)
+
+    def _failure(self, call: Call, mount: M) -> Exception | None:
+        if mount not in self.flags:
+            return KernelError(_errno.EINVAL, "mount_setattr", str(mount))
+        queued = self._failures[call, mount]
+        error = queued.popleft() if queued else None
+        if isinstance(error, int):
+            return KernelError(error, "mount_setattr", str(mount), mount=str(mount))
+        return error
+
+
+__all__ = ["Call", "FakeKernel", "Hook", "Stage"]
