@@ -6,7 +6,8 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Coroutine
-from typing import Any, TextIO
+from contextlib import ExitStack
+from typing import Any, NoReturn
 
 import click
 
@@ -58,35 +59,51 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for decorator in reversed(
         (
             click.option(
-                "-D", "--images-dir", default=".", show_default=True, metavar="DIR",
+                "-D",
+                "--images-dir",
+                default=".",
+                show_default=True,
+                metavar="DIR",
                 help="Directory of the images.",
             ),
             click.option(
-                "-t", "--tree", type=click.IntRange(min=1), metavar="PID",
+                "-t",
+                "--tree",
+                type=click.IntRange(min=1),
+                metavar="PID",
                 help="Live process whose mount namespace is that of the images' root task.",
             ),
             click.option(
-                "--ns", "namespaces", type=NamespaceOption(), multiple=True,
+                "--ns",
+                "namespaces",
+                type=NamespaceOption(),
+                multiple=True,
                 help="Mount namespace for one of the images, by process or namespace file.",
             ),
             click.option(
-                "--external", type=ExternalOption(), multiple=True,
+                "--external",
+                type=ExternalOption(),
+                multiple=True,
                 help="What to mount for an external mount, when namespaces are rebuilt.",
             ),
             click.option(
-                "-j", "--jobs", type=click.IntRange(min=1, max=1024), metavar="N",
+                "-j",
+                "--jobs",
+                type=click.IntRange(min=1, max=1024),
+                metavar="N",
                 help="Most workers alive at once.  [default: usable CPUs]",
             ),
             click.option(
-                "--strategy", type=click.Choice(["remount"]), default="remount",
-                show_default=True, help="How read-only mounts become writable for tasks.",
+                "--strategy",
+                type=click.Choice(["remount"]),
+                default="remount",
+                show_default=True,
+                help="How read-only mounts become writable for tasks.",
             ),
             click.option(
                 "--allow-devices", is_flag=True, help="Restore character and block devices."
             ),
-            click.option(
-                "--allow-setuid", is_flag=True, help="Restore setuid and setgid files."
-            ),
+            click.option("--allow-setuid", is_flag=True, help="Restore setuid and setgid files."),
             click.option("-v", "verbose", count=True, help="Say more; twice for everything."),
             click.option("-o", "--log-file", metavar="FILE", help="Log to FILE, not to stderr."),
         )
@@ -152,10 +169,6 @@ def explain(error: BaseException) -> str:
     return "; ".join(" ".join(str(leaf).split()) or type(leaf).__name__ for leaf in leaves(error))
 
 
-class _Interrupted(BaseException):
-    """The user's signal ended the run; everything is undone by then."""
-
-
 def run_story(
     story: Callable[[], Coroutine[Any, Any, None]], report: Any, timeout: float | None
 ) -> None:
@@ -199,12 +212,16 @@ def write_report(report: Any, path: str | None) -> None:
         click.echo(f"ghostpool: {path}: {error.strerror}", err=True)
 
 
-def finish(report: Any, path: str | None) -> None:
-    """Write the report, say what went wrong on one line, and exit."""
+def finish(report: Any, path: str | None, *, quiet: bool = False) -> NoReturn:
+    """Write the report, say what went wrong on one line, and exit.
+
+    `quiet` leaves out the plan's warnings, for who has shown them already.
+    """
     if report.error is None and report.commands:
         report.status = max(status for _, status in report.commands)
     write_report(report, path)
-    for line in report.left:
+    warnings = report.plan.warnings if report.plan is not None and not quiet else []
+    for line in [*warnings, *report.left]:
         log.warning("%s", line)
     if report.error is not None:
         click.echo(f"ghostpool: {explain(report.error)}", err=True)
@@ -227,7 +244,9 @@ def cli() -> None:
 @click.option("--report", "report_path", metavar="FILE", help="Write a JSON report; - is stdout.")
 @click.option("--json", "as_json", is_flag=True, help="Short for --report -.")
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="S",
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
     help="Seconds that the whole run may take.",
 )
 @click.argument("cmd", nargs=-1, type=click.UNPROCESSED)
@@ -261,30 +280,130 @@ def restore(**options: Any) -> None:
     from ghostpool._report import Report
 
     report = Report(strategy=options["strategy"])
+    with ExitStack() as stack:
+        try:
+            set_up_logging(options["verbose"], options["log_file"])
+            request = make_request(options, keep=options["keep"])
+            if cmd:
+                deliver = _deliver.commands(cmd)
+            elif options["keep"] or options["discard"]:
+                deliver = _deliver.discard
+            else:
+                deliver = serving(options["serve"], stack, err=report_path == "-")
+        except PlanError as error:
+            report.status, report.error = EXIT_REFUSED, error
+            finish(report, report_path)
+
+        async def story() -> None:
+            await _run.run_restore(request, launched, report, deliver)
+
+        run_story(story, report, options["timeout"])
+    finish(report, report_path)
+
+
+def serving(path: str | None, stack: ExitStack, err: bool) -> Any:
+    """The delivery that serves; its socket is bound now and goes with `stack`."""
+    from ghostpool._serve import Listener, serve
+
+    listener = Listener(path)
+    stack.callback(listener.close)
+    return serve(listener, lambda line: click.echo(line, err=err))
+
+
+@cli.command()
+@target_options
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON document.")
+@click.option("--keep", is_flag=True, help="Plan for restore --keep.")
+def plan(**options: Any) -> None:
+    """Show what restore would do, and what it would refuse and why. Changes nothing."""
+    from ghostpool._launch import launch
+
+    launched = launch()
+    from ghostpool import _run
+    from ghostpool._report import Report, plan_document
+
+    report = Report(strategy=options["strategy"])
     try:
         set_up_logging(options["verbose"], options["log_file"])
         request = make_request(options, keep=options["keep"])
     except PlanError as error:
         report.status, report.error = EXIT_REFUSED, error
-        finish(report, report_path)
-    if cmd:
-        deliver = _deliver.commands(cmd)
-    elif options["keep"] or options["discard"]:
-        deliver = _deliver.discard
-    else:
-        from ghostpool._serve import serve
-
-        to: TextIO = sys.stderr if report_path == "-" else sys.stdout
-        deliver = serve(options["serve"], lambda line: click.echo(line, file=to))
+        finish(report, None)
 
     async def story() -> None:
-        await _run.run_restore(request, launched, report, deliver)
+        await _run.run_plan(request, launched, report)
 
-    run_story(story, report, options["timeout"])
-    if report.plan is not None:
-        for line in report.plan.warnings:
-            log.warning("%s", line)
-    finish(report, report_path)
+    run_story(story, report, None)
+    if report.plan is not None and report.error is None:
+        if options["as_json"]:
+            click.echo(json.dumps(plan_document(report.plan), indent=2))
+        else:
+            from ghostpool._show import show_plan
+
+            show_plan(report.plan)
+        report.status = EXIT_REFUSED if report.plan.refusals else 0
+    elif options["as_json"]:
+        write_report(report, "-")
+    finish(report, None, quiet=True)
+
+
+@cli.command()
+@click.option("--socket", "path", required=True, metavar="PATH", help="Socket of the server.")
+@click.option(
+    "--task",
+    type=click.IntRange(min=1),
+    required=True,
+    metavar="PID",
+    help="Pid of the task in the images.",
+)
+@click.argument("cmd", nargs=-1, required=True, type=click.UNPROCESSED)
+def fetch(path: str, task: int, cmd: tuple[str, ...]) -> None:
+    """Take one task's descriptors from a serving restore and run CMD with them, here."""
+    from ghostpool._fetch import fetch as fetch_task
+
+    try:
+        fetch_task(path, task, list(cmd))
+    except GhostpoolError as error:
+        click.echo(f"ghostpool: {explain(error)}", err=True)
+        sys.exit(exit_status(error))
+
+
+@cli.command()
+def demo() -> None:
+    """Restore a real dump in private namespaces and prove that it came out right."""
+    from ghostpool._demo import JOBS, Demo, enter_user_namespace, may_mount
+
+    privileged = may_mount()
+    if not privileged:
+        try:
+            enter_user_namespace()
+        except OSError as error:
+            click.echo(
+                f"ghostpool: this user may not make a user namespace ({error.strerror}): "
+                "run the demo as root",
+                err=True,
+            )
+            sys.exit(EXIT_REFUSED)
+    from rich.console import Console
+
+    from ghostpool import _run
+    from ghostpool._launch import launch
+    from ghostpool._plan import Policy
+    from ghostpool._report import Report
+
+    report = Report()
+    with Demo(Console(highlight=False), compare_owner=privileged) as show:
+        policy = Policy(own_owner=not privileged)
+        request = _run.Request(images_dir=show.images, jobs=JOBS, policy=policy)
+        launched = launch()
+
+        async def story() -> None:
+            await _run.run_restore(request, launched, report, show.deliver, show.progress)
+
+        run_story(story, report, None)
+        if report.error is None:
+            show.conclude()
+    finish(report, None)
 
 
 def main() -> None:

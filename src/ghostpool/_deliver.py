@@ -43,7 +43,7 @@ def environment_of(
     }
 
 
-async def discard(run: Prepared, restored: Restored) -> None:
+async def discard(_: Prepared, restored: Restored) -> None:
     """Close everything: for rehearsals, benchmarks, and files that were kept by name."""
     restored.close()
 
@@ -55,7 +55,8 @@ def commands(argv: list[str]) -> Delivery:
         children: list[tuple[int, Child]] = []
         try:
             for planned in run.plan.tasks:
-                children.append((planned.task.pid, await _start(run, restored, planned, argv)))
+                child = await _start(run, restored, planned, argv)
+                children.append((planned.task.pid, child))
             restored.close()
             async with anyio.create_task_group() as group:
                 for pid, child in children:
@@ -66,9 +67,7 @@ def commands(argv: list[str]) -> Delivery:
     return deliver
 
 
-async def _start(
-    run: Prepared, restored: Restored, planned: PlannedTask, argv: list[str]
-) -> Child:
+async def _start(run: Prepared, restored: Restored, planned: PlannedTask, argv: list[str]) -> Child:
     pid = planned.task.pid
     target = run.targets[planned.task.namespace]
     try:

@@ -8,15 +8,13 @@ coordinator closes its socket, and its workers die with it.
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import os
-import resource
 import select
 import signal
 from typing import Any
 
-from ghostpool import _build, _buildspec, _linux, _worker
+from ghostpool import _build, _buildspec, _descriptors, _linux, _worker
 from ghostpool._protocol import BlockingChannel, EndOfStream
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -81,7 +79,7 @@ class ForkServer:
                 status = 0
             elif kind == "spawn":
                 _run_command(fds, *arguments)
-        except BaseException as error:  # a child must never get back into the server's loop
+        except BaseException as error:  # noqa: BLE001  a child must not get back into the loop
             os.write(2, f"ghostpool: {kind}: {error!r}\n".encode(errors="replace"))
         finally:
             os._exit(status)
@@ -121,19 +119,7 @@ def _run_command(
         step = "dup2"
         targets = dict(enumerate(fds[2:5]))
         targets.update(zip(numbers, fds[5:], strict=True))
-        above = max(targets) + 1
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        # First out of the way of each other's numbers, then each to its own.
-        kept = fcntl.fcntl(status.fileno(), fcntl.F_DUPFD_CLOEXEC, above)
-        moved = {
-            number: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for number, fd in targets.items()
-        }
-        for number, fd in moved.items():
-            os.dup2(fd, number)
-        status = BlockingChannel(kept)
-        if above <= soft_limit:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard))
+        status = BlockingChannel(_descriptors.place(targets, status.fileno(), soft_limit))
         step = "exec"
         for number in _COMMAND_SIGNALS:
             signal.signal(number, signal.SIG_DFL)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ghostpool._errors import GhostpoolError, MountNotFound, Overmounted
-from ghostpool._model import Images, ImageMount, MntId, NsId, RegFile
+from ghostpool._model import ImageMount, Images, MntId, NsId, RegFile
 from ghostpool._mountinfo import LiveMount, MountTable
 from ghostpool._targets import Target
 

@@ -33,6 +33,16 @@ def unescape(field: bytes) -> bytes:
     return head + b"".join(bytes([int(piece[:3], 8)]) + piece[3:] for piece in pieces)
 
 
+def option_names(attributes: int) -> list[str]:
+    """MOUNT_ATTR_* bits as mount(8) spells them; ro or rw first, the atime mode always named."""
+    names = ["ro" if attributes & Attr.RDONLY else "rw"]
+    plain = ("nosuid", "nodev", "noexec", "nodiratime", "nosymfollow")
+    names += [name for name in plain if attributes & _OPTIONS[name.encode()]]
+    if attributes & Attr.NOATIME:
+        return [*names, "noatime"]
+    return [*names, "strictatime" if attributes & Attr.STRICTATIME else "relatime"]
+
+
 class LiveMount(NamedTuple):
     """One line of mountinfo."""
 
@@ -56,16 +66,8 @@ class LiveMount(NamedTuple):
         return bool(self.attributes & Attr.RDONLY)
 
     def options(self) -> list[str]:
-        """The per-mount options as mount(8) spells them, atime mode always named."""
-        names = ["ro" if self.read_only else "rw"]
-        for name in ("nosuid", "nodev", "noexec", "nodiratime", "nosymfollow"):
-            if self.attributes & _OPTIONS[name.encode()]:
-                names.append(name)
-        if self.attributes & Attr.NOATIME:
-            names.append("noatime")
-        else:
-            names.append("strictatime" if self.attributes & Attr.STRICTATIME else "relatime")
-        return names
+        """The per-mount options; see `option_names`."""
+        return option_names(self.attributes)
 
 
 def parse_line(line: bytes) -> LiveMount:

@@ -29,7 +29,7 @@ from ghostpool._errors import (
 )
 from ghostpool._linux import Attr
 from ghostpool._match import Matcher, Namespace, Site, is_below, join, relative_to, text
-from ghostpool._model import Ghost, GhostId, Images, NsId, Pid, RegFile, RegId, Remap, Task
+from ghostpool._model import Ghost, GhostId, Images, NsId, RegFile, RegId, Remap, Task
 from ghostpool._mountinfo import LiveMount
 from ghostpool._process import MountHandle
 from ghostpool._protocol import Look
@@ -483,8 +483,7 @@ class Planner:
             if base is None:
                 raise UnsupportedError(
                     "its names are on binds of different subtrees, and no mount of the target "
-                    "namespaces holds both: "
-                    + ", ".join(sorted({o.mount.label for o in openings}))
+                    "namespaces holds both: " + ", ".join(sorted({o.mount.label for o in openings}))
                 )
             mount = self._planned(*base)
             inside = join(first.mount.mount.root.strip(b"/"), directory)
@@ -591,4 +590,3 @@ def assign_slots(
         load[slot] += totals[group]
         serves[slot].add(target)
     return slots
-

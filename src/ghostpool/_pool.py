@@ -71,9 +71,7 @@ class WorkerPool:
         deadline_s: float = math.inf,
     ) -> AsyncIterator[WorkerPool]:
         """A pool for the time of the block; at its end no worker and no descriptor is left."""
-        pool = cls(
-            server, jobs, targets, mount_setattr=mount_setattr, deadline_s=deadline_s
-        )
+        pool = cls(server, jobs, targets, mount_setattr=mount_setattr, deadline_s=deadline_s)
         try:
             yield pool
         finally:
@@ -183,6 +181,8 @@ class PoolMounts:
         self._mounts = mounts
         self.identities: dict[MountHandle, int] = {}
         """Unique id (or mnt_id, before Linux 6.8) that each mount had when it was found."""
+        self.writable_attributes: dict[MountHandle, int] = {}
+        """What the kernel said of each mount right after it was made writable."""
 
     def _by_target(self, mounts: Sequence[MountHandle]) -> dict[int, list[MountHandle]]:
         targets: dict[int, list[MountHandle]] = {}
@@ -198,10 +198,12 @@ class PoolMounts:
             answers, _ = await self._pool.call(
                 target % self._pool.jobs, "make_writable", request, target=target, mounts=handles
             )
-            for handle, answer in zip(handles, answers, strict=True):
-                results[handle] = (
-                    answer if isinstance(answer, bool) else self._error(handle, *answer)
-                )
+            for handle, (changed, *rest) in zip(handles, answers, strict=True):
+                if changed is None:
+                    results[handle] = self._error(handle, *rest)
+                else:
+                    results[handle] = changed
+                    self.writable_attributes[handle] = rest[0]
         return [results[handle] for handle in mounts]
 
     def _error(self, handle: MountHandle, code: int, step: str) -> KernelError:

@@ -219,7 +219,8 @@ class ForkServer:
                         raise WorkerDied("the fork server is gone")
                     self._answered = anyio.Event()
                     await self._answered.wait()
-                return self._answers.pop(0)
+                child = self._answers.pop(0)
+        return child
 
     async def worker(self, *, mount_setattr: bool = True) -> Worker:
         """Fork a worker. `mount_setattr=False` makes it do as on Linux before 5.12."""
@@ -246,7 +247,7 @@ class ForkServer:
             finally:
                 theirs.close()
             namespaces: list[int] = []
-            message = None
+            message: Any = None
             try:
                 while message is None:
                     message, fds = await channel.receive()
@@ -393,7 +394,7 @@ class Worker:
         """Send ahead what would not fit the descriptors of one frame."""
         while len(mounts) > MAX_FDS - 20:
             some = [mounts.popitem() for _ in range(MAX_FDS - 20)]
-            message = (-1, [], [handle for handle, _ in some], "ping")
+            message: tuple[object, ...] = (-1, [], [handle for handle, _ in some], "ping")
             with anyio.fail_after(SEND_S, shield=True):
                 await self._channel.send(message, [fd for _, fd in some])
                 await self._answer()
@@ -466,6 +467,6 @@ async def _reap(pid: int) -> None:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        os.waitpid(pid, 0)
+        os.waitpid(pid, 0)  # noqa: ASYNC222  it was killed or has ended
     finally:
         os.close(pidfd)

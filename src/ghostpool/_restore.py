@@ -72,6 +72,8 @@ class Restored:
         self.plan = plan
         self.fds: dict[RegId, int] = {}
         self.usage: dict[MountHandle, MountUsage] = {}
+        self.writable_attributes: Mapping[MountHandle, int] = {}
+        """Attributes of each leased mount while it was writable, as the kernel gave them."""
         self.left: list[str] = []
         """What could not be removed because somebody else uses it now, for people."""
 
@@ -108,9 +110,9 @@ class Restoration:
         self._keep = keep
         self._own_owner = own_owner
         self._progress = progress
-        kernel = PoolMounts(pool, plan.mounts)
-        kernel.identities.update(identities)
-        self._leases: MountLeases[MountHandle] = MountLeases(kernel, reopen=False)
+        self._kernel = PoolMounts(pool, plan.mounts)
+        self._kernel.identities.update(identities)
+        self._leases: MountLeases[MountHandle] = MountLeases(self._kernel, reopen=False)
         self._barrier = TaskBarrier(planned.task.pid for planned in plan.tasks)
         self._ledger = Ledger(pool, plan.mounts)
         self._slots = assign_slots(self._weights(), pool.jobs)
@@ -148,6 +150,7 @@ class Restoration:
             raise first_cause(group) from None
         finally:
             self.restored.usage = self._leases.usage()
+            self.restored.writable_attributes = self._kernel.writable_attributes
         await self._clean()
         self._verify()
 
@@ -336,9 +339,7 @@ class Restoration:
         for planned in self._plan.opens:
             fd = self.restored.fds[planned.opening.file.id]
             status = os.fstat(fd)
-            gone = status.st_nlink == 0 or os.readlink(f"/proc/self/fd/{fd}").endswith(
-                " (deleted)"
-            )
+            gone = status.st_nlink == 0 or os.readlink(f"/proc/self/fd/{fd}").endswith(" (deleted)")
             if not gone:
                 raise VerificationError(
                     f"{text(planned.opening.file.name)}: still has {status.st_nlink} names "
@@ -380,9 +381,7 @@ def first_cause(error: BaseException) -> BaseException:
     """
     leaves = list(_leaves(error))
     reverts = [leaf for leaf in leaves if isinstance(leaf, RevertError)]
-    causes = [
-        leaf for leaf in leaves if not isinstance(leaf, (BarrierBroken, RevertError))
-    ]
+    causes = [leaf for leaf in leaves if not isinstance(leaf, (BarrierBroken, RevertError))]
     real = [leaf for leaf in causes if isinstance(leaf, Exception)]
     if reverts and real:
         return ExceptionGroup("failed, and not everything could be put back", [*reverts, real[0]])

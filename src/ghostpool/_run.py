@@ -43,7 +43,7 @@ class Request:
     tree: int | None = None
     namespaces: Mapping[NsId, str] = field(default_factory=dict)
     external: Mapping[str, str] = field(default_factory=dict)
-    policy: Policy = Policy()
+    policy: Policy = field(default_factory=Policy)
     mount_setattr: bool = True
     """False: do as on Linux before 5.12, with mount(2)."""
 
@@ -200,6 +200,8 @@ async def run_restore(
     progress: Progress = _silent,
 ) -> None:
     """Restore, and hand the descriptors to `deliver` after the mounts are back."""
-    async with prepared(request, launched, report) as run:
-        async with run.restored(progress) as restored:
-            await deliver(run, restored)
+    async with (
+        prepared(request, launched, report) as run,
+        run.restored(progress) as restored,
+    ):
+        await deliver(run, restored)

@@ -23,14 +23,14 @@ class Interrupted(Exception):
         super().__init__(number.name)
 
 
-async def until_interrupted(story: Callable[[], Awaitable[None]], timeout: float | None) -> None:
-    """Await `story`; Interrupted after a signal, TimeoutError after `timeout` seconds.
+async def until_interrupted(story: Callable[[], Awaitable[None]], limit_s: float | None) -> None:
+    """Await `story`; Interrupted after a signal, TimeoutError after `limit_s` seconds.
 
     Errors of the story come out as they are, also when a signal came while it was failing.
     """
     received: list[signal.Signals] = []
-    deadline = anyio.current_time() + (math.inf if timeout is None else timeout)
-    with anyio.CancelScope(shield=True) as watching:
+    deadline = anyio.current_time() + (math.inf if limit_s is None else limit_s)
+    with anyio.CancelScope(shield=True):
         with anyio.open_signal_receiver(*_SIGNALS) as signals:
             async with anyio.create_task_group() as group:
                 scope = anyio.CancelScope(deadline=deadline)
@@ -48,7 +48,6 @@ async def until_interrupted(story: Callable[[], Awaitable[None]], timeout: float
                 except Exception as caught:  # noqa: BLE001  raised again below, out of the group
                     error = caught
                 group.cancel_scope.cancel()
-    del watching
     if error is not None:
         raise error
     if received and scope.cancelled_caught:

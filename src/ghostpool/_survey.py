@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import anyio
 
@@ -44,7 +44,8 @@ class Survey:
 
         `token` is the random part of temporary names.
         """
-        tables = await self._tables(list({t.index: t for t in targets.values()}.values()))
+        unique = {target.index: target for target in targets.values()}
+        tables = await read_tables(self._pool, list(unique.values()))
         namespaces = {
             number: Namespace(number, target, tables[target.index])
             for number, target in targets.items()
@@ -56,25 +57,6 @@ class Survey:
 
     def _slot(self, target: Target) -> int:
         return target.index % self._pool.jobs
-
-    async def _tables(self, targets: Sequence[Target]) -> dict[int, MountTable]:
-        tables: dict[int, MountTable] = {}
-
-        async def read(target: Target) -> None:
-            try:
-                _, (fd,) = await self._pool.call(
-                    self._slot(target), "mountinfo", target=target.index
-                )
-            except WorkerFailure as error:
-                failure = error.failure
-                raise PlanError(
-                    f"{target.label}: {failure.step}: {os.strerror(failure.errno)}"
-                ) from error
-            with open(fd, "rb") as file:  # noqa: ASYNC230  procfs never blocks
-                tables[target.index] = MountTable(file.read())
-
-        await _each(read, targets)
-        return tables
 
     async def _open_mounts(self, planner: Planner) -> None:
         by_target: dict[int, list[PlannedMount]] = {}
@@ -152,7 +134,26 @@ class Survey:
         return looks
 
 
-async def _each(function: Callable[[_T], Awaitable[None]], items: Iterable[_T]) -> None:
+async def read_tables(pool: WorkerPool, targets: Sequence[Target]) -> dict[int, MountTable]:
+    """Mount tables as they are now, by target index. PlanError: a namespace can not be entered."""
+    tables: dict[int, MountTable] = {}
+
+    async def read(target: Target) -> None:
+        try:
+            _, (fd,) = await pool.call(target.index % pool.jobs, "mountinfo", target=target.index)
+        except WorkerFailure as error:
+            failure = error.failure
+            raise PlanError(
+                f"{target.label}: {failure.step}: {os.strerror(failure.errno)}"
+            ) from error
+        with open(fd, "rb") as file:  # noqa: ASYNC230  procfs never blocks
+            tables[target.index] = MountTable(file.read())
+
+    await _each(read, targets)
+    return tables
+
+
+async def _each(function: Callable[[_T], Coroutine[Any, Any, None]], items: Iterable[_T]) -> None:
     """Run `function` on all items at once; the first error alone comes out."""
     try:
         async with anyio.create_task_group() as group:
@@ -181,4 +182,3 @@ def _clone_error(failure: Failure) -> PlanError:
     if failure.errno == errno.ENOSPC:
         return PlanError("no more mount namespaces are allowed: raise user.max_mnt_namespaces")
     return PlanError(f"no writable clone of it: {failure.step}: {os.strerror(failure.errno)}")
-

@@ -94,9 +94,7 @@ def _open_namespace(where: str) -> tuple[int, str]:
         try:
             fd = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise NamespaceNotFound(
-                f"mount namespace of pid {pid}: {error.strerror}"
-            ) from error
+            raise NamespaceNotFound(f"mount namespace of pid {pid}: {error.strerror}") from error
         # The descriptor is the pid's own only if the process was still there after the open.
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)

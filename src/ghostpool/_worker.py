@@ -196,7 +196,8 @@ class Worker:
             self._mounts[service] = os.dup(clone)
 
     def do_make_writable(self, out: list[int], handles: list[tuple[int, int]]) -> list[Any]:
-        """Clear the read-only bit; per mount True (changed), False (was writable), or a failure.
+        """Clear the read-only bit; per mount whether that changed it and what its attributes
+        are now, or errno and system call of a failure.
 
         Each comes with the unique id (or mnt_id) it had when it was found: the descriptor can
         not have moved to another mount, but the mount may have been taken off since.
@@ -208,20 +209,20 @@ class Worker:
                 fd = self._mounts[handle]
                 identity = _linux.mount_identity(fd)
                 if expected not in (identity.unique_id, identity.mnt_id):
-                    results.append((errno.ESTALE, "statx"))
+                    results.append((None, errno.ESTALE, "statx"))
                     continue
                 step = "statmount"
                 attributes, superblock_read_only = self._state(fd, identity)
                 if superblock_read_only:
-                    results.append((errno.EROFS, "statmount"))
+                    results.append((None, errno.EROFS, "statmount"))
                 elif attributes & Attr.RDONLY:
                     step = "mount_setattr" if self._mount_setattr else "mount"
                     self._set_read_only(fd, attributes, False)
-                    results.append(True)
+                    results.append((True, self._state(fd, identity)[0]))
                 else:
-                    results.append(False)
+                    results.append((False, attributes))
             except OSError as error:
-                results.append((error.errno or 0, step))
+                results.append((None, error.errno or 0, step))
         return results
 
     def do_make_read_only(self, out: list[int], handles: list[int]) -> list[Any]:

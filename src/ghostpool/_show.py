@@ -1,0 +1,71 @@
+"""Plans for people, as tables."""
+
+from __future__ import annotations
+
+import stat
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ghostpool._match import text
+from ghostpool._plan import Plan
+
+
+def show_plan(plan: Plan, console: Console | None = None) -> None:
+    """Print a plan: files, mounts, warnings, refusals."""
+    console = console or Console(highlight=False)
+    files = table("ghost files", "task", "file", "kind", "size", "mode", "owner", "opened as")
+    for task in plan.tasks:
+        for planned in task.opens:
+            ghost = planned.opening.ghost
+            files.add_row(
+                str(task.task.pid),
+                escape(text(planned.opening.file.name)),
+                kind_of(ghost.mode),
+                str(ghost.size) if stat.S_ISREG(ghost.mode) else "",
+                f"{stat.S_IMODE(ghost.mode):04o}",
+                f"{ghost.uid}:{ghost.gid}",
+                escape(text(planned.names[0])),
+            )
+    if files.rows:
+        console.print(files)
+    leased = plan.leased
+    mounts = table("mounts", "ns", "mount point", "options", "service side", "task side")
+    for mount in plan.mounts.values():
+        mounts.add_row(
+            str(mount.namespace.id),
+            escape(text(mount.mount.mountpoint)),
+            ", ".join(mount.mount.options()),
+            "private clone" if mount.mount.read_only else "the mount",
+            "made writable" if mount.handle in leased else "untouched",
+        )
+    if mounts.rows:
+        console.print(mounts)
+    for warning in plan.warnings:
+        console.print(f"warning: {escape(warning)}", soft_wrap=True)
+    for refusal in plan.refusals:
+        console.print(f"refused: {escape(str(refusal))}", soft_wrap=True)
+    if not plan.refusals:
+        console.print(f"{len(plan.ghosts)} ghosts, {len(plan.opens)} opens: can be restored")
+
+
+def table(title: str, *headings: str) -> Table:
+    """An empty table whose cells fold instead of losing their ends."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in headings:
+        made.add_column(heading, overflow="fold")
+    return made
+
+
+def kind_of(mode: int) -> str:
+    """One word for the type bits of a mode."""
+    return {
+        stat.S_IFREG: "file",
+        stat.S_IFDIR: "directory",
+        stat.S_IFLNK: "symlink",
+        stat.S_IFIFO: "fifo",
+        stat.S_IFCHR: "char device",
+        stat.S_IFBLK: "block device",
+    }.get(stat.S_IFMT(mode), "?")
