@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from ghostpool._errors import GhostpoolError, PlanError, RestoreError, RevertError
+from ghostpool._errors import GhostpoolError, PlanError, RestoreError, RevertError, leaves
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -152,8 +152,6 @@ def make_request(options: dict[str, Any], keep: bool = False) -> Any:
 
 def exit_status(error: BaseException) -> int:
     """What the state that an error leaves the host in is as an exit status."""
-    from ghostpool._report import leaves
-
     found = list(leaves(error))
     if any(isinstance(leaf, RevertError) for leaf in found):
         return EXIT_NEEDS_USER
@@ -164,8 +162,6 @@ def exit_status(error: BaseException) -> int:
 
 def explain(error: BaseException) -> str:
     """An error on one line."""
-    from ghostpool._report import leaves
-
     return "; ".join(" ".join(str(leaf).split()) or type(leaf).__name__ for leaf in leaves(error))
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from collections.abc import Iterator
 
 
 class GhostpoolError(Exception):
@@ -136,6 +137,15 @@ class RevertError(GhostpoolError):
         return RevertError, (self.problem, self.command)
 
 
+def leaves(error: BaseException | None) -> Iterator[BaseException]:
+    """The single errors inside a (group of) error(s), in order."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    elif error is not None:
+        yield error
+
+
 __all__ = [
     "BarrierBroken",
     "CommandError",
@@ -154,4 +164,5 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "WorkerDied",
+    "leaves",
 ]

@@ -70,18 +70,21 @@ class Policy:
     """Whether this process's user namespace has such an owner."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class PlannedMount:
     """A live mount that the restore works on."""
 
     handle: MountHandle
     namespace: Namespace
     mount: LiveMount
+    clone: bool
+    """A writable private clone serves for creating and cleaning: the mount is read-only. False
+    for a read-only mount of which none can be made: then its own lease serves."""
 
     @property
     def service(self) -> MountHandle:
-        """The side for creating and cleaning: a private clone, if the mount is read-only."""
-        return MountHandle(self.handle + 1) if self.mount.read_only else self.handle
+        """The side for creating and cleaning."""
+        return MountHandle(self.handle + 1) if self.clone else self.handle
 
     @property
     def label(self) -> str:
@@ -174,9 +177,9 @@ class Plan:
         return {handle for task in self.tasks for handle in task.leases}
 
     @property
-    def cloned(self) -> list[PlannedMount]:
-        """Mounts of which a writable private clone is needed."""
-        return [planned for planned in self.mounts.values() if planned.mount.read_only]
+    def service_leases(self) -> list[MountHandle]:
+        """Mounts leased from the first change to the last, since no clone of them can be made."""
+        return [p.handle for p in self.mounts.values() if p.mount.read_only and not p.clone]
 
     def check(self) -> None:
         """Raise the first refusal, if there is one."""
@@ -374,7 +377,7 @@ class Planner:
         planned = self._handles.get(key)
         if planned is None:
             handle = MountHandle(2 * len(self._handles))
-            planned = PlannedMount(handle, namespace, mount)
+            planned = PlannedMount(handle, namespace, mount, clone=mount.read_only)
             self._handles[key] = planned
             self._plan.mounts[handle] = planned
         return planned

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ghostpool._errors import GhostpoolError
+from ghostpool._errors import GhostpoolError, leaves
 from ghostpool._lease import MountUsage
 from ghostpool._match import text
 from ghostpool._plan import Plan, PlannedMount
@@ -23,7 +23,6 @@ class Report:
     plan: Plan | None = None
     usage: Mapping[MountHandle, MountUsage] = field(default_factory=dict)
     identities: Mapping[MountHandle, int] = field(default_factory=dict)
-    clones: Mapping[MountHandle, int] = field(default_factory=dict)
     workers: int = 0
     peak_rss: int = 0
     elapsed_s: float = 0.0
@@ -59,6 +58,7 @@ class Report:
 
     def _mount(self, planned: PlannedMount) -> dict[str, Any]:
         usage = self.usage.get(planned.handle, MountUsage(0, 0, True, 0.0))
+        by_task = self.plan is not None and planned.handle in self.plan.leased
         return {
             "namespace": planned.namespace.id,
             "mountpoint": text(planned.mount.mountpoint),
@@ -66,22 +66,15 @@ class Report:
             "unique_id": self.identities.get(planned.handle, 0),
             "options": planned.mount.options(),
             "made_writable": {
-                "service": self.clones.get(planned.service, 0) if planned.mount.read_only else 0,
-                "task": usage.made_writable,
+                # A clone is made writable once, when it is made; without one, the lease of the
+                # mount itself serves for creating too.
+                "service": 1 if planned.clone else (0 if by_task else usage.made_writable),
+                "task": usage.made_writable if by_task else 0,
             },
             "reverted": usage.reverted,
             "leases": usage.leases,
             "window_s": round(usage.window_s, 6),
         }
-
-
-def leaves(error: BaseException | None) -> Iterable[BaseException]:
-    """The single errors inside a (group of) error(s)."""
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from leaves(inner)
-    elif error is not None:
-        yield error
 
 
 def error_document(error: BaseException) -> dict[str, Any]:

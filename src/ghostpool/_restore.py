@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -25,6 +25,7 @@ from ghostpool._errors import (
     RestoreError,
     RevertError,
     VerificationError,
+    leaves,
 )
 from ghostpool._lease import MountLeases, MountUsage
 from ghostpool._ledger import (
@@ -134,10 +135,13 @@ class Restoration:
         """
         try:
             try:
-                await self._run()
-            except BaseException as error:
-                await self._undo(error)
-                raise
+                async with self._leases.hold(self._plan.service_leases):
+                    await self._run()
+            except BaseExceptionGroup as group:
+                raise first_cause(group) from None
+            finally:
+                self.restored.usage = self._leases.usage()
+                self.restored.writable_attributes = self._kernel.writable_attributes
             yield self.restored
         finally:
             self.restored.close()
@@ -146,13 +150,11 @@ class Restoration:
         try:
             await self._create()
             await self._open()
-        except BaseExceptionGroup as group:
-            raise first_cause(group) from None
-        finally:
-            self.restored.usage = self._leases.usage()
-            self.restored.writable_attributes = self._kernel.writable_attributes
-        await self._clean()
-        self._verify()
+            await self._clean()
+            self._verify()
+        except BaseException as error:
+            await self._undo(error)
+            raise
 
     # -- create ---------------------------------------------------------------------------------
 
@@ -371,7 +373,7 @@ class Restoration:
 
 
 def _reportable(error: BaseException) -> list[Exception]:
-    return [error] if isinstance(error, Exception) else []
+    return [leaf for leaf in leaves(error) if isinstance(leaf, Exception)]
 
 
 def first_cause(error: BaseException) -> BaseException:
@@ -379,9 +381,9 @@ def first_cause(error: BaseException) -> BaseException:
 
     A group comes back as a group only if a mount could not be put back besides a failure.
     """
-    leaves = list(_leaves(error))
-    reverts = [leaf for leaf in leaves if isinstance(leaf, RevertError)]
-    causes = [leaf for leaf in leaves if not isinstance(leaf, (BarrierBroken, RevertError))]
+    found = list(leaves(error))
+    reverts = [leaf for leaf in found if isinstance(leaf, RevertError)]
+    causes = [leaf for leaf in found if not isinstance(leaf, (BarrierBroken, RevertError))]
     real = [leaf for leaf in causes if isinstance(leaf, Exception)]
     if reverts and real:
         return ExceptionGroup("failed, and not everything could be put back", [*reverts, real[0]])
@@ -389,15 +391,7 @@ def first_cause(error: BaseException) -> BaseException:
         return reverts[0] if len(reverts) == 1 else ExceptionGroup("not put back", reverts)
     if real:
         return next((e for e in real if isinstance(e, GhostpoolError)), real[0])
-    return causes[0] if causes else leaves[0]
-
-
-def _leaves(error: BaseException) -> Iterable[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error
+    return causes[0] if causes else found[0]
 
 
 def _depth(planned: PlannedGhost) -> int:

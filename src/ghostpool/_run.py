@@ -119,7 +119,6 @@ async def prepared(
                         plan = await survey.plan(by_id, secrets.token_hex(6).encode())
                         report.plan = plan
                         report.identities = survey.identities
-                        report.clones = {handle: 1 for handle in pool.mounts if handle % 2}
                         _check_descriptors(plan, hard)
                         check(plan)
                         yield Prepared(

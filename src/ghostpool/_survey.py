@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import anyio
 
-from ghostpool._errors import MountNotFound, Overmounted, PlanError, UnsupportedError
+from ghostpool._errors import MountNotFound, Overmounted, PlanError
 from ghostpool._match import Namespace
 from ghostpool._model import Images, NsId
 from ghostpool._mountinfo import MountTable
@@ -106,7 +106,11 @@ class Survey:
                     slot, "clone", pair, target=target.index, mounts=[planned.handle]
                 )
             except WorkerFailure as error:
-                planner.refuse(planned.label, _clone_error(error.failure))
+                if error.failure.errno in (errno.EINVAL, errno.ENOSYS):
+                    # Unbindable, or Linux before 5.12: the mount's own lease does for both sides.
+                    planned.clone = False
+                else:
+                    planner.refuse(planned.label, _clone_error(error.failure))
                 continue
             self._pool.mounts[planned.service] = fd
             self._pool.learned(slot, [planned.service])
@@ -177,8 +181,6 @@ def _clone_error(failure: Failure) -> PlanError:
             "its read-only flag is locked: it came into this mount namespace from one of another "
             "user namespace, and no caller can clear it there (mount_namespaces(7))"
         )
-    if failure.errno == errno.EINVAL:
-        return UnsupportedError("the mount is unbindable, so it can not be cloned")
     if failure.errno == errno.ENOSPC:
         return PlanError("no more mount namespaces are allowed: raise user.max_mnt_namespaces")
     return PlanError(f"no writable clone of it: {failure.step}: {os.strerror(failure.errno)}")

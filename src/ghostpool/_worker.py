@@ -190,6 +190,8 @@ class Worker:
                 clone = _linux.open_tree(self._mounts[live], b"", _linux.OPEN_TREE_CLONE)
                 out.append(clone)
                 step = "mount_setattr"
+                if not self._mount_setattr:
+                    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
                 _linux.mount_setattr(clone, attr_clr=Attr.RDONLY)
             except OSError as error:
                 raise _Failed(index, error.errno or 0, step, b"", live) from error
@@ -232,9 +234,7 @@ class Worker:
             step = "mount_setattr" if self._mount_setattr else "mount"
             try:
                 fd = self._mounts[handle]
-                attributes = 0
-                if not self._mount_setattr:
-                    attributes, _ = self._state(fd, _linux.mount_identity(fd))
+                attributes, _ = self._state(fd, _linux.mount_identity(fd))
                 self._set_read_only(fd, attributes, True)
                 results.append(None)
             except OSError as error:
@@ -244,8 +244,14 @@ class Worker:
     def _set_read_only(self, fd: int, attributes: int, read_only: bool) -> None:
         if self._mount_setattr:
             bit = int(Attr.RDONLY)
-            _linux.mount_setattr(fd, attr_set=bit * read_only, attr_clr=bit * (not read_only))
-            return
+            try:
+                _linux.mount_setattr(fd, attr_set=bit * read_only, attr_clr=bit * (not read_only))
+            except OSError as error:
+                if error.errno != errno.ENOSYS:
+                    raise
+                self._mount_setattr = False
+            else:
+                return
         # mount(2) knows only paths. The magic link of our own descriptor leads to exactly this
         # mount; it is reached from the descriptor of the host's /proc, not by the container's.
         wanted = attributes | Attr.RDONLY if read_only else attributes & ~Attr.RDONLY
