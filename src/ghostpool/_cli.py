@@ -126,18 +126,22 @@ def set_up_logging(verbose: int, log_file: str | None) -> None:
     root.setLevel(_LEVELS[min(verbose, 2)])
 
 
-def make_request(options: dict[str, Any], keep: bool = False) -> Any:
-    """The Request of target options."""
+def usable_cpus() -> int:
+    """CPUs that this process may run on; psutil is imported only where nobody said --jobs."""
     import psutil
 
+    return len(psutil.Process().cpu_affinity() or [0])
+
+
+def make_request(options: dict[str, Any], keep: bool = False) -> Any:
+    """The Request of target options."""
     from ghostpool._plan import Policy
     from ghostpool._run import Request
     from ghostpool._userns import maps_owner
 
-    jobs = options["jobs"] or len(psutil.Process().cpu_affinity() or [0])
     return Request(
         images_dir=options["images_dir"],
-        jobs=jobs,
+        jobs=options["jobs"] or usable_cpus(),
         tree=options["tree"],
         namespaces=dict(options["namespaces"]),
         external=dict(options["external"]),
@@ -190,6 +194,17 @@ def run_story(
         report.error = error
         if not isinstance(error, GhostpoolError) and report.status == EXIT_FAILED:
             log.debug("unexpected", exc_info=error)
+
+
+def check_report_path(path: str | None) -> None:
+    """Refuse a report that could not be written now, rather than after the restore."""
+    if path is None or path == "-":
+        return
+    try:
+        with open(path, "w", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise PlanError(f"--report {path}: {error.strerror}") from error
 
 
 def write_report(report: Any, path: str | None) -> None:
@@ -279,6 +294,7 @@ def restore(**options: Any) -> None:
     with ExitStack() as stack:
         try:
             set_up_logging(options["verbose"], options["log_file"])
+            check_report_path(report_path)
             request = make_request(options, keep=options["keep"])
             if cmd:
                 deliver = _deliver.commands(cmd)
@@ -404,4 +420,12 @@ def demo() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    cli(prog_name="ghostpool")
+    try:
+        status = cli(prog_name="ghostpool", standalone_mode=False)
+    except click.ClickException as error:
+        # One line, as every other refusal.
+        click.echo(f"ghostpool: {' '.join(error.format_message().split())}", err=True)
+        sys.exit(EXIT_REFUSED)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(status if isinstance(status, int) else 0)

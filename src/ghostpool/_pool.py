@@ -8,6 +8,7 @@ holds the mount descriptors; a worker is handed those it lacks with the request 
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import shlex
@@ -24,6 +25,7 @@ from ghostpool._process import ForkServer, MountHandle, Worker, WorkerFailure
 from ghostpool._protocol import Failure
 from ghostpool._targets import Target
 
+log = logging.getLogger("ghostpool")
 BUSY_S = 2.0
 """How long a revert that meets EBUSY is tried again: a lookup or an unlink in flight is over
 after microseconds, an open file is not."""
@@ -193,6 +195,8 @@ class PoolMounts:
     async def make_writable(self, mounts: Sequence[MountHandle]) -> Sequence[bool | Exception]:
         """Clear the read-only bit of each; see MountKernel."""
         results: dict[MountHandle, bool | Exception] = {}
+        for handle in mounts:
+            log.debug("make writable: %s", self._mounts[handle].label)
         for target, handles in self._by_target(mounts).items():
             request = [(handle, self.identities[handle]) for handle in handles]
             answers, _ = await self._pool.call(
@@ -218,6 +222,8 @@ class PoolMounts:
     async def make_read_only(self, mounts: Sequence[MountHandle]) -> Sequence[Exception | None]:
         """Set the read-only bit of each again, waiting a moment for busy ones."""
         results: dict[MountHandle, Exception | None] = {}
+        for handle in mounts:
+            log.debug("back to read-only: %s", self._mounts[handle].label)
         for target, handles in self._by_target(mounts).items():
             for handle, answer in (await self._revert(target, handles)).items():
                 results[handle] = None if answer is None else self._revert_error(handle, *answer)

@@ -9,6 +9,7 @@ what was done, last things first, out of reach of further cancellation.
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -50,6 +51,7 @@ from ghostpool._protocol import (
     PlaceOp,
 )
 
+log = logging.getLogger("ghostpool")
 UNDO_S = 60.0
 """Deadline of undoing, in seconds; only hung file systems come near it."""
 _CREATE_BATCH = 256
@@ -195,6 +197,7 @@ class Restoration:
             raise self._failed(error.failure, ghosts[error.failure.at].ghost.file) from error
         for planned, fields in zip(ghosts, answers, strict=True):
             self._ledger.created(planned, Created(*fields))
+        log.debug("created %d ghosts", len(ghosts))
         self._progress("create", len(ghosts))
 
     def _create_op(self, planned: PlannedGhost) -> CreateOp:
@@ -251,6 +254,7 @@ class Restoration:
             async with anyio.create_task_group() as group:
                 for slot, opens in by_slot.items():
                     group.start_soon(self._open_in_slot, slot, opens)
+            log.debug("task %d has all its files open", pid)
             self._progress("arrive", 1)
             await self._barrier.arrive(pid)
 
@@ -350,6 +354,7 @@ class Restoration:
 
     async def _undo(self, cause: BaseException) -> None:
         """Take back what was done; raises only if that fails, together with the cause."""
+        log.info("undoing: %d names", len(self._ledger))
         with anyio.CancelScope(shield=True):
             self.restored.close()
             try:

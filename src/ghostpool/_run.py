@@ -6,6 +6,7 @@ Every part is a context manager, so that whatever ends the run, they end in reve
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import secrets
@@ -30,6 +31,7 @@ from ghostpool._sandbox import specs_from_images
 from ghostpool._survey import Survey
 from ghostpool._targets import Target, adopt, pin, resolve_namespaces
 
+log = logging.getLogger("ghostpool")
 _SPARE_FDS = 128
 """Descriptors that a run needs besides those of mounts and ghosts."""
 
@@ -77,6 +79,7 @@ class Prepared:
             async with restoration.running() as restored:
                 await self.release_workers()
                 self.report.restored = True
+                log.info("restored: %d open files", len(restored.fds))
                 yield restored
         finally:
             self.report.usage = restoration.restored.usage
@@ -119,6 +122,7 @@ async def prepared(
                         plan = await survey.plan(by_id, secrets.token_hex(6).encode())
                         report.plan = plan
                         report.identities = survey.identities
+                        _log_plan(plan)
                         _check_descriptors(plan, hard)
                         check(plan)
                         yield Prepared(
@@ -142,6 +146,24 @@ async def prepared(
         _linux.close_all(target.fd for target in targets)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard))
         report.elapsed_s = time.monotonic() - begun
+
+
+def _log_plan(plan: Plan) -> None:
+    log.info(
+        "planned: %d ghosts, %d opens by %d tasks, %d mounts (%d to be made writable)",
+        len(plan.ghosts),
+        len(plan.opens),
+        len(plan.tasks),
+        len(plan.mounts),
+        len(plan.leased),
+    )
+    for planned in plan.mounts.values():
+        log.debug(
+            "mount %d, %s: %s",
+            planned.mount.mnt_id,
+            planned.label,
+            ",".join(planned.mount.options()),
+        )
 
 
 def _open_directory(path: str) -> int:
