@@ -232,8 +232,10 @@ def finish(report: Any, path: str | None, *, quiet: bool = False) -> NoReturn:
         report.status = max(status for _, status in report.commands)
     write_report(report, path)
     warnings = report.plan.warnings if report.plan is not None and not quiet else []
+    # A refusal is one line: what would not have been perfect either is for -v.
+    level = logging.INFO if report.status == EXIT_REFUSED else logging.WARNING
     for line in [*warnings, *report.left]:
-        log.warning("%s", line)
+        log.log(level, "%s", line)
     if report.error is not None:
         click.echo(f"ghostpool: {explain(report.error)}", err=True)
     sys.exit(report.status)

@@ -128,14 +128,23 @@ class Ledger:
             handles = {MountHandle(operation.mount) for _, operation in batch}
             request = [tuple(operation) for _, operation in batch]
             try:
-                answers, _ = await self._pool.call(
+                answers, _ = await self._pool.insist(
                     slot, "remove", request, target=target, mounts=handles
                 )
             except (GhostpoolError, WorkerFailure) as error:
-                errors.append(error)
+                errors += [self._not_removed(operation, error) for _, operation in batch[:1]]
                 continue
             for (_, operation), fields in zip(batch, answers, strict=True):
                 self._note(operation, Removed(*fields), left, errors)
+
+    def _not_removed(self, operation: RemoveOp, error: Exception) -> RevertError:
+        planned = self._mounts[MountHandle(operation.mount - operation.mount % 2)]
+        where = join(operation.directory, operation.name)
+        return RevertError(
+            f"{text(where)} on mount {planned.label}, and more of this run's names, may be left: "
+            f"{error}",
+            remove_command(planned, where, operation.is_directory),
+        )
 
     def _note(
         self, operation: RemoveOp, answer: Removed, left: list[str], errors: list[Exception]

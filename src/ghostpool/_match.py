@@ -126,8 +126,9 @@ class Matcher:
             # What covered the mount, or lay under it, is gone: one remains and it is visible.
             return stack[0]
         raise MountNotFound(
-            f"{len(stack)} mounts are stacked on {where} and {len(wanted)} in the images: "
-            f"which one is mount {mount.id} of the images can not be told"
+            f"{len(stack)} mounts are stacked on {where} (all but the top one hidden) and "
+            f"{len(wanted)} in the images: which one is mount {mount.id} of the images can not "
+            "be told"
         )
 
 

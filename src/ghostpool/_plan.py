@@ -288,6 +288,12 @@ class Planner:
             raise UnsupportedError("a link remap, which can not be restored yet")
         ghost = self._images.ghosts[GhostId(remap.target)]
         if file.id not in held:
+            # By an inotify mark or a message in flight; or the image that says so was cut.
+            if all(holder.reg_id != file.id for t in self._images.tasks for holder in t.holders):
+                self._plan.warnings.append(
+                    f"{text(file.name)}: no descriptor of the images holds it, so it is not "
+                    "restored"
+                )
             return
         self._check_kind(ghost)
         if file.mode is not None and file.mode != ghost.mode:

@@ -26,6 +26,8 @@ from ghostpool._protocol import Failure
 from ghostpool._targets import Target
 
 log = logging.getLogger("ghostpool")
+INSIST = 3
+"""How many workers may die of undoing one thing before it is given up."""
 BUSY_S = 2.0
 """How long a revert that meets EBUSY is tried again: a lookup or an unlink in flight is over
 after microseconds, an open file is not."""
@@ -139,6 +141,24 @@ class WorkerPool:
             deadline_s=self._deadline_s,
         )
 
+    async def insist(
+        self,
+        slot: int,
+        request: str,
+        *arguments: object,
+        target: int = -1,
+        mounts: Iterable[MountHandle] = (),
+    ) -> tuple[Any, list[int]]:
+        """Like `call`, for what undoes things and may be done twice: a worker that dies of it is
+        replaced, a few times over."""
+        handles = list(mounts)
+        for _ in range(INSIST - 1):
+            try:
+                return await self.call(slot, request, *arguments, target=target, mounts=handles)
+            except WorkerDied as error:
+                log.info("%s: tried again with another worker", error)
+        return await self.call(slot, request, *arguments, target=target, mounts=handles)
+
     def learned(self, slot: int, handles: Iterable[MountHandle]) -> None:
         """The slot's worker opened these mounts itself and needs not be handed them."""
         worker = self._slots[slot]
@@ -199,9 +219,16 @@ class PoolMounts:
             log.debug("make writable: %s", self._mounts[handle].label)
         for target, handles in self._by_target(mounts).items():
             request = [(handle, self.identities[handle]) for handle in handles]
-            answers, _ = await self._pool.call(
-                target % self._pool.jobs, "make_writable", request, target=target, mounts=handles
-            )
+            try:
+                answers, _ = await self._pool.call(
+                    target % self._pool.jobs,
+                    "make_writable",
+                    request,
+                    target=target,
+                    mounts=handles,
+                )
+            except WorkerFailure as error:  # the namespace could not be entered
+                raise kernel_error(error.failure, self._mounts) from error
             for handle, (changed, *rest) in zip(handles, answers, strict=True):
                 if changed is None:
                     results[handle] = self._error(handle, *rest)
@@ -225,7 +252,12 @@ class PoolMounts:
         for handle in mounts:
             log.debug("back to read-only: %s", self._mounts[handle].label)
         for target, handles in self._by_target(mounts).items():
-            for handle, answer in (await self._revert(target, handles)).items():
+            try:
+                answers = await self._revert(target, handles)
+            except (WorkerDied, WorkerFailure) as error:
+                results.update((handle, self._not_reverted(handle, error)) for handle in handles)
+                continue
+            for handle, answer in answers.items():
                 results[handle] = None if answer is None else self._revert_error(handle, *answer)
         return [results[handle] for handle in mounts]
 
@@ -236,7 +268,7 @@ class PoolMounts:
         pause = 0.001
         give_up = anyio.current_time() + BUSY_S
         while handles:
-            answers, _ = await self._pool.call(
+            answers, _ = await self._pool.insist(
                 target % self._pool.jobs, "make_read_only", handles, target=target, mounts=handles
             )
             results.update(zip(handles, answers, strict=True))
@@ -251,6 +283,11 @@ class PoolMounts:
                 await anyio.sleep(pause)
                 pause = min(2 * pause, 0.1)
         return results
+
+    def _not_reverted(self, handle: MountHandle, error: Exception) -> RevertError:
+        planned = self._mounts[handle]
+        problem = f"{planned.label} may still be writable: {error}"
+        return RevertError(problem, mend_command(planned))
 
     def _revert_error(self, handle: MountHandle, code: int, step: str) -> Exception | None:
         planned = self._mounts[handle]

@@ -162,6 +162,7 @@ class ForkServer:
         self._answered = anyio.Event()
         self._children: dict[int, Child] = {}
         self._dead = False
+        self._listening = anyio.CancelScope(shield=True)
 
     @classmethod
     @asynccontextmanager
@@ -174,7 +175,7 @@ class ForkServer:
                 try:
                     yield server
                 finally:
-                    group.cancel_scope.cancel()
+                    server._listening.cancel()
         finally:
             server._channel.close()
             for child in server._children.values():
@@ -183,6 +184,11 @@ class ForkServer:
                 await _reap(launched.pid)
 
     async def _listen(self) -> None:
+        # Shielded: whoever undoes things after a cancellation needs new workers.
+        with self._listening:
+            await self._dispatch()
+
+    async def _dispatch(self) -> None:
         while True:
             try:
                 message, fds = await self._channel.receive()

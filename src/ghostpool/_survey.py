@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import anyio
 
 from ghostpool._errors import MountNotFound, Overmounted, PlanError
-from ghostpool._match import Namespace
+from ghostpool._match import Namespace, text
 from ghostpool._model import Images, NsId
 from ghostpool._mountinfo import MountTable
 from ghostpool._plan import Plan, PlannedMount, Planner, Policy
@@ -168,6 +168,15 @@ async def _each(function: Callable[[_T], Coroutine[Any, Any, None]], items: Iter
 
 
 def _mount_error(planned: PlannedMount, failure: Failure) -> PlanError:
+    if failure.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        # The kernel could not reach it; the table only tells whether a mount above is why.
+        mount, table = planned.mount, planned.namespace.table
+        above = table.containing(mount.mountpoint.rpartition(b"/")[0])
+        if above is not None and above.mnt_id != mount.parent:
+            return Overmounted(
+                f"{planned.label} is hidden by mount {above.mnt_id} ({above.fstype}) on "
+                f"{text(above.mountpoint)}"
+            )
     if failure.errno == errno.ENOENT:
         return MountNotFound(f"{planned.label} is gone since its namespace was read")
     if failure.errno == errno.ELOOP:
