@@ -164,5 +164,4 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "WorkerDied",
-    "leaves",
 ]

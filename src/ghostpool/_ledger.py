@@ -15,9 +15,9 @@ import anyio
 
 from ghostpool._errors import GhostpoolError, RevertError
 from ghostpool._match import join, relative_to, text
+from ghostpool._model import MountHandle
 from ghostpool._plan import PlannedGhost, PlannedMount, PlannedOpen
 from ghostpool._pool import WorkerFailure, WorkerPool, remove_command
-from ghostpool._process import MountHandle
 from ghostpool._protocol import Created, Placed, Removed, RemoveOp
 
 _BATCH = 256

@@ -20,6 +20,9 @@ RegId = NewType("RegId", int)
 Pid = NewType("Pid", int)
 """A pid as the images have it: inside the dumped pid namespace."""
 
+MountHandle = NewType("MountHandle", int)
+"""Number under which coordinator and workers speak of one mount descriptor."""
+
 HOST_NS = NsId(0)
 """Stands for the mount namespace of images that were dumped without one of their own."""
 

@@ -29,9 +29,8 @@ from ghostpool._errors import (
 )
 from ghostpool._linux import Attr
 from ghostpool._match import Matcher, Namespace, Site, is_below, join, relative_to, text
-from ghostpool._model import Ghost, GhostId, Images, NsId, RegFile, RegId, Remap, Task
+from ghostpool._model import Ghost, GhostId, Images, MountHandle, NsId, RegFile, RegId, Remap, Task
 from ghostpool._mountinfo import LiveMount
-from ghostpool._process import MountHandle
 from ghostpool._protocol import Look
 
 ALTERNATIVE = b".cr_link"

@@ -20,8 +20,9 @@ import anyio
 
 from ghostpool import _linux
 from ghostpool._errors import KernelError, RevertError, WorkerDied
+from ghostpool._model import MountHandle
 from ghostpool._plan import PlannedMount
-from ghostpool._process import ForkServer, MountHandle, Worker, WorkerFailure
+from ghostpool._process import ForkServer, Worker, WorkerFailure
 from ghostpool._protocol import Failure
 from ghostpool._targets import Target
 

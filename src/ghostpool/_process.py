@@ -14,17 +14,15 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, NewType
+from typing import Any
 
 import anyio
 
 from ghostpool import _linux
 from ghostpool._errors import WorkerDied
 from ghostpool._launch import Launched
+from ghostpool._model import MountHandle
 from ghostpool._protocol import HEADER, MAX_FDS, MAX_FRAME, Failure, encode, rights, take_rights
-
-MountHandle = NewType("MountHandle", int)
-"""Number under which coordinator and workers speak of one mount descriptor."""
 
 SEND_S = 10.0
 """How long a worker may take to read a request that it is waiting for."""

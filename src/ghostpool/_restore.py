@@ -37,10 +37,9 @@ from ghostpool._ledger import (
     times_ns,
 )
 from ghostpool._match import join, relative_to, text
-from ghostpool._model import RegId
+from ghostpool._model import MountHandle, RegId
 from ghostpool._plan import Plan, PlannedGhost, PlannedOpen, PlannedTask, assign_slots
 from ghostpool._pool import PoolMounts, WorkerFailure, WorkerPool, kernel_error
-from ghostpool._process import MountHandle
 from ghostpool._protocol import (
     Created,
     CreateOp,

@@ -21,10 +21,10 @@ from ghostpool import _buildspec, _linux
 from ghostpool._errors import PlanError, SandboxError
 from ghostpool._images import read_images
 from ghostpool._launch import Launched
-from ghostpool._model import Images, NsId
+from ghostpool._model import Images, MountHandle, NsId
 from ghostpool._plan import Plan, Policy
 from ghostpool._pool import WorkerPool
-from ghostpool._process import BuildFailed, ForkServer, MountHandle
+from ghostpool._process import BuildFailed, ForkServer
 from ghostpool._report import Report
 from ghostpool._restore import Progress, Restoration, Restored, _silent
 from ghostpool._sandbox import specs_from_images

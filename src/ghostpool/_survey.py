@@ -16,11 +16,10 @@ import anyio
 
 from ghostpool._errors import MountNotFound, Overmounted, PlanError
 from ghostpool._match import Namespace, text
-from ghostpool._model import Images, NsId
+from ghostpool._model import Images, MountHandle, NsId
 from ghostpool._mountinfo import MountTable
 from ghostpool._plan import Plan, PlannedMount, Planner, Policy
 from ghostpool._pool import WorkerFailure, WorkerPool
-from ghostpool._process import MountHandle
 from ghostpool._protocol import Failure, Look, MountFacts
 from ghostpool._targets import Target
 

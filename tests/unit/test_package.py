@@ -37,7 +37,9 @@ def test_importing_the_package_imports_nothing_else() -> None:
     assert [name for name in loaded if name.startswith("ghostpool.")] == []
 
 
-@pytest.mark.parametrize("module", ["_errors", "_linux", "_model", "_protocol", "_worker"])
+@pytest.mark.parametrize(
+    "module", ["_errors", "_linux", "_model", "_protocol", "_worker", "_forkserver"]
+)
 def test_the_worker_side_needs_only_the_standard_library(module: str) -> None:
     """What a worker imports loads where there are no site-packages, and without an event loop."""
     loaded = run_isolated(f"import ghostpool.{module}; print(*sys.modules)").split()

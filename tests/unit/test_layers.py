@@ -1,0 +1,69 @@
+"""Imports point down: docs/design.md draws the layers, this holds the code to them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import ghostpool
+
+SOURCES = Path(ghostpool.__file__).parent
+
+# From the top; a module imports only from lines below its own (or earlier ones of its line: none).
+LAYERS = [
+    "__main__ __init__",
+    "_cli",
+    "_demo _fetch _serve",
+    "_deliver _show",
+    "_run",
+    "_report _restore _signals _survey",
+    "_ledger",
+    "_pool",
+    "_barrier _lease _plan testing",
+    "_match _sandbox",
+    "_images _process _targets _userns",
+    "_ghostfile _imagemounts _remaps",
+    "_filetable",
+    "_imagefile _launch _schema",
+    "_model",
+    "_forkserver",
+    "_build _descriptors _worker",
+    "_buildfiles _protocol",
+    "_buildspec _mountinfo",
+    "_errors _linux",
+]
+CHILD_SIDE = "_forkserver _build _descriptors _worker _buildfiles _protocol _buildspec _mountinfo"
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            if node.module == "ghostpool":
+                found |= {alias.name for alias in node.names if alias.name.startswith("_")}
+            elif node.module.startswith("ghostpool."):
+                found.add(node.module.removeprefix("ghostpool."))
+    return found - {"__version__"}
+
+
+def test_every_module_has_its_layer() -> None:
+    listed = [name for line in LAYERS for name in line.split()]
+    assert sorted(listed) == sorted(path.stem for path in SOURCES.glob("*.py"))
+
+
+def test_imports_point_down() -> None:
+    level = {name: n for n, line in enumerate(LAYERS) for name in line.split()}
+    upward = [
+        f"{path.stem} imports {other}"
+        for path in sorted(SOURCES.glob("*.py"))
+        for other in sorted(imports_of(path))
+        if level[other] <= level[path.stem]
+    ]
+    assert upward == []
+
+
+def test_the_children_import_only_their_side() -> None:
+    allowed = {*CHILD_SIDE.split(), "_linux"}
+    for name in CHILD_SIDE.split():
+        assert imports_of(SOURCES / f"{name}.py") <= allowed, name
