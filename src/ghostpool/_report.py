@@ -49,7 +49,9 @@ class Report:
             "namespaces": len({t.namespace for t in plan.images.tasks}) if plan else 0,
             "mounts": [self._mount(planned) for planned in plan.mounts.values()] if plan else [],
             "workers": {"count": self.workers, "peak_rss_bytes": self.peak_rss},
-            "commands": [{"task": task, "status": status} for task, status in self.commands],
+            "commands": [
+                {"task": task, "status": status} for task, status in sorted(self.commands)
+            ],
             "warnings": list(plan.warnings) if plan else [],
             "refusals": [str(refusal) for refusal in plan.refusals] if plan else [],
             "left": self.left,

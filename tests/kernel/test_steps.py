@@ -19,6 +19,7 @@ import pytest
 from ghostpool import _deliver, _run
 from ghostpool._errors import RestoreError, leaves
 from ghostpool._launch import launch
+from ghostpool._model import NsId
 from ghostpool._plan import Policy
 from ghostpool._pool import WorkerPool
 from ghostpool._process import Worker, WorkerFailure
@@ -62,7 +63,7 @@ class Target:
         return [(mountinfo(fd), inside(fd, names)) for fd in self.fds]
 
     def request(self, jobs: int) -> _run.Request:
-        where = {i: f"/proc/self/fd/{fd}" for i, fd in zip(IDS, self.fds, strict=True)}
+        where = {NsId(i): f"/proc/self/fd/{fd}" for i, fd in zip(IDS, self.fds, strict=True)}
         return _run.Request(str(CORPUS / CASE / "images"), jobs, namespaces=where)
 
     def assert_untouched(self) -> None:
@@ -133,7 +134,7 @@ async def test_cancelled_at_each_step(
 
             def cancel(number: int, request: str, step: int = step) -> None:
                 if number == step:
-                    scope.cancel()  # noqa: B023  the loop waits for this scope
+                    scope.cancel()
 
             before, after = (cancel, nothing) if when == "before" else (nothing, cancel)
             calls = hook_calls(patch, before, after)
