@@ -146,6 +146,17 @@ def leaves(error: BaseException | None) -> Iterator[BaseException]:
         yield error
 
 
+def alone(error: BaseException) -> BaseException:
+    """The error inside groups of one; anything else as it is.
+
+    Raise it outside of the except clause that caught the group: `raise … from None` would take
+    away the cause that it carries.
+    """
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
 __all__ = [
     "BarrierBroken",
     "CommandError",

@@ -19,7 +19,7 @@ from typing import Any
 import anyio
 
 from ghostpool import _linux
-from ghostpool._errors import WorkerDied
+from ghostpool._errors import WorkerDied, alone
 from ghostpool._launch import Launched
 from ghostpool._model import MountHandle
 from ghostpool._protocol import HEADER, MAX_FDS, MAX_FRAME, Failure, encode, rights, take_rights
@@ -167,6 +167,7 @@ class ForkServer:
     async def running(cls, launched: Launched) -> AsyncIterator[ForkServer]:
         """The fork server for the time of the block; at its end every child is gone."""
         server = cls(launched)
+        failed: BaseException | None = None
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(server._listen)
@@ -174,12 +175,16 @@ class ForkServer:
                     yield server
                 finally:
                     server._listening.cancel()
+        except BaseExceptionGroup as error:
+            failed = alone(error)
         finally:
             server._channel.close()
             for child in server._children.values():
                 child.close()
             with anyio.CancelScope(shield=True):
                 await _reap(launched.pid)
+        if failed is not None:
+            raise failed
 
     async def _listen(self) -> None:
         # Shielded: whoever undoes things after a cancellation needs new workers.

@@ -134,15 +134,18 @@ class Restoration:
         RestoreError: it failed and everything was undone. RevertError: something could not be
         undone. The first cause comes out alone; if undoing failed too, in an ExceptionGroup.
         """
+        error: BaseException | None = None
         try:
             try:
                 async with self._leases.hold(self._plan.service_leases):
                     await self._run()
             except BaseExceptionGroup as group:
-                raise first_cause(group) from None
+                error = first_cause(group)
             finally:
                 self.restored.usage = self._leases.usage()
                 self.restored.writable_attributes = self._kernel.writable_attributes
+            if error is not None:
+                raise error
             yield self.restored
         finally:
             self.restored.close()

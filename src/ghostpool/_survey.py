@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import anyio
 
-from ghostpool._errors import MountNotFound, Overmounted, PlanError
+from ghostpool._errors import MountNotFound, Overmounted, PlanError, leaves
 from ghostpool._match import Namespace, text
 from ghostpool._model import Images, MountHandle, NsId
 from ghostpool._mountinfo import MountTable
@@ -158,12 +158,15 @@ async def read_tables(pool: WorkerPool, targets: Sequence[Target]) -> dict[int, 
 
 async def _each(function: Callable[[_T], Coroutine[Any, Any, None]], items: Iterable[_T]) -> None:
     """Run `function` on all items at once; the first error alone comes out."""
+    first: BaseException | None = None
     try:
         async with anyio.create_task_group() as group:
             for item in items:
                 group.start_soon(function, item)
     except BaseExceptionGroup as error:
-        raise error.exceptions[0] from None
+        first = next(iter(leaves(error)))
+    if first is not None:
+        raise first
 
 
 def _mount_error(planned: PlannedMount, failure: Failure) -> PlanError:
