@@ -1,0 +1,83 @@
+"""Samples: rivals take turns, and what is compared comes from one run.
+
+Each rival runs once unmeasured (byte code, caches), then once a round; every other round goes
+through them backwards, so that a machine that gets slower wrongs none of them. A median stands
+for the samples and the smallest and largest beside it; no sample is dropped.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How much is to be measured."""
+
+    scratch: Path
+    """A tmpfs."""
+    rounds: int
+    quick: bool
+    ghosts: tuple[int, int] | None = None
+    """The two counts of the question slope, if the user has said them."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a question came to."""
+
+    name: str
+    question: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    samples: dict[str, list[float]]
+    """Seconds, by rival, in the order in which they were taken."""
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """A heading and a table."""
+        lines = [f"### {self.name}: {self.question}", ""]
+        lines.append("| " + " | ".join(self.columns) + " |")
+        lines.append("|" + "---|" * len(self.columns))
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        lines += [f"\n{note}" for note in self.notes]
+        return "\n".join(lines) + "\n"
+
+    def document(self) -> dict[str, Any]:
+        """For the JSON file."""
+        return {"name": self.name, "question": self.question, "seconds": self.samples}
+
+
+def alternate(title: str, rivals: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run of each rival."""
+    for run in rivals.values():
+        run()
+    samples: dict[str, list[float]] = {name: [] for name in rivals}
+    order = list(rivals)
+    for number in range(rounds):
+        print(f"{title}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+        for name in order:
+            begun = time.perf_counter()
+            rivals[name]()
+            samples[name].append(time.perf_counter() - begun)
+        order.reverse()
+    return samples
+
+
+def spread(values: Sequence[float], scale: float, digits: int = 1) -> str:
+    """Median, and smallest to largest in brackets, each multiplied by `scale`."""
+    shown = (f"{value * scale:,.{digits}f}" for value in (median(values), min(values), max(values)))
+    return "{} ({}–{})".format(*shown)
+
+
+def ratio(value: float, reference: float) -> str:
+    """One number over another; what noise has made senseless is not shown as a ratio."""
+    return f"{value / reference:.2f}" if value > 0 and reference > 0 else "–"

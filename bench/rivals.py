@@ -1,0 +1,102 @@
+"""The rivals: ghostpool's own command, and what an administrator can do with a shell.
+
+The shell gets its ghosts as plain files with owner and times, already taken out of the images,
+and nobody holds what it restores: it does less than ghostpool, which is in its favour. In bulk it
+enters the namespace once and copies, links and removes all ghosts of a mount at a time; one by
+one it enters the namespace for each ghost and opens it, too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.images import Shape, content_of, name_of
+from bench.scene import BenchError
+
+_OWNER = 1000
+_TIMES = (1_600_000_000, 1_500_000_000)
+
+# $1 directory of the mount points, $2 directory of the plain files; both hold one per mount.
+_BULK = """
+set -e
+for source in "$2"/*; do
+    mount="$1/${source##*/}"
+    mount -o remount,bind,rw "$mount"
+    cd "$mount"
+    mkdir .new
+    cp -p "$source"/* .new/
+    cp -l .new/* .
+    rm -r .new f*
+    mount -o remount,bind,ro "$mount"
+done
+"""
+
+# $1 pid, $2 and $3 as above; the inner script gets mount point, plain file and name.
+_ONE_BY_ONE = """
+set -e
+for source in "$3"/*; do
+    for file in "$source"/*; do
+        nsenter -t "$1" -m sh -ec '
+            mount -o remount,bind,rw "$1"
+            cp -p "$2" "$1/.new"
+            ln "$1/.new" "$1/$3"
+            : < "$1/$3"
+            rm "$1/$3" "$1/.new"
+            mount -o remount,bind,ro "$1"
+        ' sh "$2/${source##*/}" "$file" "${file##*/}"
+    done
+done
+"""
+
+
+def ghostpool(images: Path, *, jobs: int, pid: int | None = None) -> list[str]:
+    """The whole command; without `pid` it rebuilds the namespaces from the images."""
+    target = [] if pid is None else ["-t", str(pid)]
+    command = [sys.executable, "-m", "ghostpool", "restore", "-D", str(images), "-j", str(jobs)]
+    return [*command, *target, "--discard"]
+
+
+def shell_bulk(pid: int, shape: Shape, files: Path) -> list[str]:
+    """One nsenter for everything."""
+    script = ["sh", "-c", _BULK, "sh", os.fsdecode(shape.base), str(files)]
+    return ["nsenter", "-t", str(pid), "-m", *script]
+
+
+def shell_one_by_one(pid: int, shape: Shape, files: Path) -> list[str]:
+    """One nsenter for each ghost."""
+    return ["sh", "-c", _ONE_BY_ONE, "sh", str(pid), os.fsdecode(shape.base), str(files)]
+
+
+def write_files(directory: Path, shape: Shape) -> Path:
+    """The ghosts of `shape` (one namespace, no directories) as plain files, by mount."""
+    content = content_of(shape)
+    directory.mkdir()
+    for mount in range(min(shape.mounts, shape.ghosts)):
+        (directory / os.fsdecode(os.path.basename(shape.mountpoint(mount)))).mkdir()
+    for ghost in range(shape.ghosts):
+        point = os.path.basename(shape.mountpoint(shape.place(ghost).mount))
+        path = directory / os.fsdecode(point) / os.fsdecode(name_of(ghost))
+        path.write_bytes(content[: shape.size])
+        os.chown(path, _OWNER, _OWNER)
+        os.utime(path, _TIMES)
+    return directory
+
+
+def run(command: Sequence[str]) -> None:
+    """Run a command to its end. BenchError: it failed."""
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        shown = " ".join(command[:8]).replace("\n", " ")
+        raise BenchError(f"{shown} …: status {done.returncode}: {done.stderr.strip()[-500:]}")

@@ -1,0 +1,144 @@
+"""Where everything happens: a private mount namespace, and live ones below it to restore into.
+
+Nothing here mounts in the caller's own namespace. A child leaves it first, and what it mounts
+ends with it; the caller's file system only lends an empty directory as the mount point.
+A live namespace is a process that holds read-only tmpfs mounts; it is looked at again when it is
+given up, since a rival that leaves a mount writable or a file behind has not done the same work.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from bench.images import Shape
+from ghostpool import _linux
+
+
+class BenchError(Exception):
+    """A measurement that would not mean what it says."""
+
+
+def in_private_namespace(body: Callable[[Path], None]) -> int:
+    """Run `body` in a child with private mounts; its argument is a fresh tmpfs. Exit status."""
+
+    def leave(number: int, _frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    sys.stdout.flush()
+    try:
+        with tempfile.TemporaryDirectory(prefix="ghostpool-bench-") as scratch:
+            pid = os.fork()
+            if pid == 0:
+                _become(body, scratch)
+            try:
+                _, status = os.waitpid(pid, 0)
+            except BaseException:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise
+            return os.waitstatus_to_exitcode(status)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _become(body: Callable[[Path], None], scratch: str) -> NoReturn:
+    status = 1
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _linux.prctl(_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        _linux.unshare(_linux.CLONE_NEWNS)
+        _linux.mount(None, b"/", None, _linux.MS_REC | _linux.MS_PRIVATE)
+        _linux.mount(b"ghostpool-bench", os.fsencode(scratch), b"tmpfs", 0)
+        body(Path(scratch))
+        status = 0
+    except KeyboardInterrupt:
+        status = 130
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+    except BaseException:  # noqa: BLE001  a forked child must not return into the caller
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+@contextmanager
+def live_namespace(shape: Shape) -> Iterator[int]:
+    """Pid of a process in a mount namespace of its own, with the mounts of `shape` in it.
+
+    To be used in a private namespace, from which it inherits the rest. Binds are those of the
+    file system that holds `shape.base`. BenchError: what was run in it left something behind.
+    """
+    for number in range(shape.mounts):
+        os.makedirs(shape.mountpoint(number), exist_ok=True)
+    for number in range(shape.further_mounts):
+        os.makedirs(shape.further_mountpoint(number), exist_ok=True)
+    os.makedirs(shape.shared_directory, exist_ok=True)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        _hold(shape, writer)
+    os.close(writer)
+    try:
+        with open(reader, "rb") as pipe:
+            if pipe.read(1) != b"+":
+                raise BenchError("the live mount namespace could not be made")
+        yield pid
+        _check_untouched(pid, shape)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _hold(shape: Shape, writer: int) -> NoReturn:
+    try:
+        _linux.prctl(_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        _linux.unshare(_linux.CLONE_NEWNS)
+        for number in range(shape.mounts):
+            point = shape.mountpoint(number)
+            _linux.mount(b"ghosts", point, b"tmpfs", 0)
+            for directory in range(shape.directories):
+                os.mkdir(point + shape.directory(directory))
+            read_only = _linux.MS_REMOUNT | _linux.MS_BIND | _linux.MS_RDONLY
+            _linux.mount(None, point, None, read_only)
+        for number in range(shape.further_mounts):
+            point = shape.further_mountpoint(number)
+            _linux.mount(shape.shared_directory, point, None, _linux.MS_BIND)
+        os.write(writer, b"+")
+        while True:
+            signal.pause()
+    except BaseException:  # noqa: BLE001  a forked child must not return into the caller
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def read_mountinfo(pid: int) -> bytes:
+    """The whole mount table that a process sees."""
+    with open(f"/proc/{pid}/mountinfo", "rb") as file:
+        return file.read()
+
+
+def _check_untouched(pid: int, shape: Shape) -> None:
+    options = {}
+    for line in read_mountinfo(pid).splitlines():
+        fields = line.split(b" ")
+        options[fields[4]] = fields[5].split(b",")
+    for number in range(shape.mounts):
+        point = shape.mountpoint(number)
+        if b"ro" not in options[point]:
+            raise BenchError(f"{os.fsdecode(point)} was left writable")
+        wanted = sorted(shape.directory(d)[1:] for d in range(shape.directories))
+        found = sorted(os.listdir(b"/proc/%d/root%b" % (pid, point)))
+        if found != wanted:
+            raise BenchError(f"{os.fsdecode(point)} was left with {found[:3]} in it")

@@ -1,0 +1,211 @@
+"""The benchmarks measure what they say: real images, the whole work, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench.images import Shape, content_of, name_of, write_images
+from bench.measure import alternate
+from bench.scene import in_private_namespace, live_namespace
+from ghostpool._images import read_images
+
+CHECKOUT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.needs_mount_ns
+
+SHAPES = [
+    Shape(0),
+    Shape(1, mounts=1, size=0),
+    Shape(300, namespaces=2, mounts=3, tasks=2, directories=2, base=b"/some/where"),
+    Shape(7, namespaces=1, mounts=2, further_mounts=150, size=12287),
+    Shape(3, mounts=1, size=12288),
+    Shape(2, mounts=1, size=(1 << 20) + 5),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_generated_images_are_read(shape: Shape, tmp_path: Path) -> None:
+    """The generator's images pass the reader's checks, and hold what the shape says."""
+    directory = tmp_path / "images"
+    write_images(directory, shape)
+    images = read_images(directory)
+
+    assert len(images.ghosts) == len(images.remaps) == shape.ghosts
+    assert len(images.tasks) == shape.namespaces * shape.tasks
+    assert len(images.mounts) == shape.namespaces
+    for mounts in images.mounts.values():
+        assert len(mounts) == 1 + shape.mounts + shape.further_mounts
+        assert sum(mount.flags & 1 for mount in mounts) == shape.mounts
+        assert [mount.mountpoint for mount in mounts[1 : 1 + shape.mounts]] == [
+            shape.mountpoint(number) for number in range(shape.mounts)
+        ]
+        # The further mounts are binds of the root's file system, the others file systems each.
+        assert len({mount.device for mount in mounts}) == 1 + shape.mounts
+        assert {mount.device for mount in mounts[1 + shape.mounts :]} <= {mounts[0].device}
+    devices = {mount.device for mounts in images.mounts.values() for mount in mounts}
+    assert len(devices) == shape.namespaces * (1 + shape.mounts)
+    assert sum(len(task.descriptors) for task in images.tasks) == shape.ghosts
+    for remap in images.remaps:
+        ghost = remap.target - 1
+        place = shape.place(ghost)
+        file = images.files[remap.origin]
+        above = shape.mountpoint(place.mount) + shape.directory(place.directory)
+        assert file.name == above + b"/" + name_of(ghost)
+        assert file.size == shape.size
+        task = images.tasks[place.namespace * shape.tasks + place.task]
+        assert file.id in {row.reg_id for row in task.descriptors}
+        (mount,) = (m for m in images.mounts[task.namespace] if m.id == file.mnt_id)
+        assert mount.mountpoint == shape.mountpoint(place.mount)
+
+
+@pytest.mark.parametrize("size", [0, 4096, 12288, (1 << 20) + 5])
+def test_content_of_generated_ghosts(size: int, tmp_path: Path) -> None:
+    """The content lies where the reader finds it, raw below 12 KiB and in a chunk from there."""
+    shape = Shape(2, mounts=1, size=size)
+    directory = tmp_path / "images"
+    write_images(directory, shape)
+    expected = (content_of(shape)[: 1 << 20] * 2)[:size]
+    ghosts = read_images(directory).ghosts.values()
+    assert len(ghosts) == 2
+    for ghost in ghosts:
+        assert ghost.size == size
+        assert ghost.mode == stat.S_IFREG | 0o644
+        data = bytearray(size)
+        image = (directory / ghost.file).read_bytes()
+        for extent in ghost.extents:
+            part = image[extent.position : extent.position + extent.length]
+            data[extent.offset : extent.offset + extent.length] = part
+        assert bytes(data) == expected
+
+
+def test_ghosts_are_spread_evenly() -> None:
+    """Every namespace, mount, directory and task gets its share."""
+    shape = Shape(480, namespaces=2, mounts=3, directories=4, tasks=5)
+    places = [shape.place(number) for number in range(shape.ghosts)]
+    assert set(Counter(places).values()) == {4}
+    assert len(set(places)) == 2 * 3 * 4 * 5
+
+
+def test_generated_images_are_restored(tmp_path: Path) -> None:
+    """All that the images hold can be rebuilt and restored, further mounts and parents too."""
+    shape = Shape(60, namespaces=2, mounts=3, tasks=2, directories=2, further_mounts=5)
+    write_images(tmp_path / "images", shape)
+    command = [sys.executable, "-m", "ghostpool", "restore", "-D", str(tmp_path / "images")]
+    done = subprocess.run(
+        [*command, "-j", "2", "--discard", "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["restored"], report["ghosts"], report["remaps"]) == (True, 60, 60)
+    assert (report["namespaces"], report["tasks"], len(report["mounts"])) == (2, 4, 6)
+    assert all(mount["made_writable"]["task"] == 1 for mount in report["mounts"])
+
+
+def bench(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m bench` from the checkout, with its scratch and its JSON below `tmp_path`."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--json", str(tmp_path / "samples.json"), *arguments],
+        cwd=CHECKOUT,
+        env=os.environ | {"TMPDIR": str(scratch)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert list(scratch.iterdir()) == []
+    return done
+
+
+def test_start_runs_to_its_end(tmp_path: Path) -> None:
+    """The smallest question: facts, a table with ratios first, one sample of each rival."""
+    done = bench(tmp_path, "--quick", "--only", "start", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    assert "- kernel: " + os.uname().release in done.stdout
+    assert "| 1.00 | python -c 'import trio, anyio' |" in done.stdout
+    document = json.loads((tmp_path / "samples.json").read_text())
+    assert document["machine"]["usable_cpus"] >= 1
+    (answer,) = document["answers"]
+    assert answer["name"] == "start"
+    assert {"ghostpool, live namespace", "shell, nsenter"} <= answer["seconds"].keys()
+    assert all(len(v) == 1 and v[0] > 0 for v in answer["seconds"].values())
+
+
+def test_slope_restores_with_every_rival(tmp_path: Path) -> None:
+    """ghostpool and both shells run in one live namespace, which is looked at afterwards."""
+    done = bench(tmp_path, "--only", "slope", "--rounds", "1", "--ghosts", "12", "24")
+    assert done.returncode == 0, done.stderr
+    (answer,) = json.loads((tmp_path / "samples.json").read_text())["answers"]
+    rivals = {name.partition(":")[0] for name in answer["seconds"]}
+    assert rivals == {
+        "ghostpool, 1 job",
+        "ghostpool, 2 jobs",
+        "shell, bulk",
+        "shell, one by one",
+    }
+
+
+def leave_a_file(point: bytes, pid: int) -> None:
+    script = ["mount -o remount,bind,rw $1; : > $1/left; mount -o remount,bind,ro $1", "sh"]
+    subprocess.run(
+        ["nsenter", "-t", str(pid), "-m", "sh", "-c", *script, os.fsdecode(point)], check=True
+    )
+
+
+def leave_it_writable(point: bytes, pid: int) -> None:
+    command = ["nsenter", "-t", str(pid), "-m", "mount", "-o", "remount,bind,rw"]
+    subprocess.run([*command, os.fsdecode(point)], check=True)
+
+
+# Idle threads of an earlier test's event loop; the child uses nothing that they hold.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("sloppy", "complaint"),
+    [(leave_a_file, "was left with [b'left'] in it"), (leave_it_writable, "was left writable")],
+)
+def test_a_sloppy_rival_is_noticed(
+    sloppy: Callable[[bytes, int], None], complaint: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Work that is only half done does not count."""
+
+    def body(scratch: Path) -> None:
+        shape = Shape(0, mounts=2, base=bytes(scratch / "live"))
+        with live_namespace(shape) as pid:
+            sloppy(shape.mountpoint(1), pid)
+
+    assert in_private_namespace(body) == 1
+    assert complaint in capfd.readouterr().err
+
+
+def test_a_failing_rival_ends_the_run(tmp_path: Path) -> None:
+    """A command that fails is an error and no sample: ghosts beyond the limit of descriptors."""
+    command = ["sh", "-c", 'ulimit -n 150; exec "$@"', "sh", sys.executable, "-m", "bench"]
+    done = subprocess.run(
+        [*command, "--only", "slope", "--rounds", "1", "--ghosts", "2", "60"],
+        cwd=CHECKOUT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "descriptors at once, but the limit is 150" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rivals_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    """One unmeasured run each, then rounds that go forth and back."""
+    order: list[str] = []
+    names = ("a", "b", "c")
+    samples = alternate("turns", {name: lambda n=name: order.append(n) for name in names}, 3)  # type: ignore[misc]
+    assert "".join(order) == "abc" + "abc" + "cba" + "abc"
+    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys(names, 3)
