@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
@@ -420,14 +422,33 @@ def demo() -> None:
     finish(report, None)
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point of the console script."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # Before and after the story they are a Ctrl-C too: a bound socket is taken away again.
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+    status = exit_status_of_cli()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            status = status or EXIT_FAILED
+    # Not sys.exit: a Ctrl-C that met an exec() in some import makes Python end by that signal
+    # although it was caught, and one during the interpreter's end would do the same.
+    os._exit(status)
+
+
+def exit_status_of_cli() -> int:
+    """Run the command line; its exit status."""
     try:
         status = cli(prog_name="ghostpool", standalone_mode=False)
     except click.ClickException as error:
         # One line, as every other refusal.
         click.echo(f"ghostpool: {' '.join(error.format_message().split())}", err=True)
-        sys.exit(EXIT_REFUSED)
+        return EXIT_REFUSED
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(EXIT_INTERRUPTED)
-    sys.exit(status if isinstance(status, int) else 0)
+        return EXIT_INTERRUPTED
+    except SystemExit as end:
+        status = end.code
+    return status if isinstance(status, int) else 0

@@ -112,14 +112,16 @@ def _run_command(
     The status socket is close-on-exec, as is every other descriptor that has no place in the
     command: its end without a word means that exec succeeded.
     """
-    status = BlockingChannel(fds[0])
+    # Both objects live until the exec: the end of the first one would close its number, which may
+    # be that of a descriptor of the command by then.
+    status = first = BlockingChannel(fds[0])
     step = "setns"
     try:
         _linux.setns(fds[1], _linux.CLONE_NEWNS)
         step = "dup2"
         targets = dict(enumerate(fds[2:5]))
         targets.update(zip(numbers, fds[5:], strict=True))
-        status = BlockingChannel(_descriptors.place(targets, status.fileno(), soft_limit))
+        status = BlockingChannel(_descriptors.place(targets, first.fileno(), soft_limit))
         step = "exec"
         for number in _COMMAND_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
