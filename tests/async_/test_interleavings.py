@@ -154,10 +154,7 @@ class Run:
             if depth < len(self._prefix):
                 index = self._prefix[depth]
             elif self._known is not None and state in self._known:
-                self.end = state
-                for task, (_, _, event) in self._parked.items():
-                    self._verdict[task] = "go"
-                    event.set()
+                self.leave_gates_open(state)
                 continue
             else:
                 index = 0
@@ -172,6 +169,13 @@ class Run:
             else:
                 self._verdict[choice.task] = choice.action
                 self._parked.pop(choice.task)[2].set()
+
+    def leave_gates_open(self, state: State) -> None:
+        """Let all tasks run to their ends."""
+        self.end = state
+        for task, (_, _, event) in self._parked.items():
+            self._verdict[task] = "go"
+            event.set()
 
 
 class Explored(NamedTuple):
@@ -258,7 +262,11 @@ class Restore:
             for name in self.tasks:
                 self.run.scopes[name] = anyio.CancelScope()
                 group.start_soon(self.run.task, name, self._task)
-            await self.run.drive(self.check, self.state)
+            try:
+                await self.run.drive(self.check, self.state)
+            except BaseException:
+                self.run.leave_gates_open("failed")  # some wait behind a shield
+                raise
         self.check_end()
 
     async def _task(self, name: str) -> None:

@@ -18,7 +18,10 @@ pytestmark = pytest.mark.anyio
 
 
 class Hang:
-    """A hook that stops one stage of one kind of call until it is told to go on."""
+    """A hook that stops one stage of one kind of call until it is told to go on.
+
+    For a few seconds only: the call is shielded, so a test that failed would wait for it.
+    """
 
     def __init__(self, call: Call, stage: Stage) -> None:
         self.at = (call, stage)
@@ -28,7 +31,8 @@ class Hang:
     async def __call__(self, call: Call, stage: Stage, mounts: Sequence[str]) -> None:
         if (call, stage) == self.at:
             self.reached.set()
-            await self.go_on.wait()
+            with anyio.move_on_after(3):
+                await self.go_on.wait()
 
 
 def dies_at(call: Call, stage: Stage) -> FakeKernel[str]:

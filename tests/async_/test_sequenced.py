@@ -102,12 +102,12 @@ async def test_time_limit_names_who_is_missing(autojump_clock: trio.testing.Mock
             async with barrier.party("z"):
                 await trio.sleep(3600)
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(late)
-        nursery.start_soon(expect_missing, barrier, "x")
-        nursery.start_soon(expect_missing, barrier, "y")
+    with trio.fail_after(61):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(late)
+            nursery.start_soon(expect_missing, barrier, "x")
+            nursery.start_soon(expect_missing, barrier, "y")
     assert barrier.missing == ("z",)
-    assert trio.current_time() < 100
 
 
 async def test_arriving_is_a_checkpoint_for_the_last_one_too() -> None:
