@@ -122,7 +122,7 @@ def set_up_logging(verbose: int, log_file: str | None) -> None:
             stream = logging.FileHandler(log_file)
         except OSError as error:
             raise PlanError(f"{log_file}: {error.strerror}") from error
-    stream.setFormatter(logging.Formatter("ghostpool: %(message)s"))
+    stream.setFormatter(_Formatter("ghostpool: %(message)s"))
     root = logging.getLogger("ghostpool")
     root.handlers[:] = [stream]
     root.setLevel(_LEVELS[min(verbose, 2)])
@@ -141,6 +141,9 @@ def make_request(options: dict[str, Any], keep: bool = False) -> Any:
     from ghostpool._run import Request
     from ghostpool._userns import maps_owner
 
+    numbers = [number for number, _ in options["namespaces"]]
+    if len(set(numbers)) != len(numbers):
+        raise PlanError("--ns names a mount namespace of the images twice")
     return Request(
         images_dir=options["images_dir"],
         jobs=options["jobs"] or usable_cpus(),
@@ -168,7 +171,20 @@ def exit_status(error: BaseException) -> int:
 
 def explain(error: BaseException) -> str:
     """An error on one line."""
-    return "; ".join(" ".join(str(leaf).split()) or type(leaf).__name__ for leaf in leaves(error))
+    found = (" ".join(str(leaf).split()) or type(leaf).__name__ for leaf in leaves(error))
+    return printable("; ".join(found))
+
+
+def printable(line: str) -> str:
+    """Without what a terminal would act on: names in images are anybody's."""
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def run_story(
@@ -180,7 +196,7 @@ def run_story(
     """
     import anyio
 
-    from ghostpool._signals import Interrupted, until_interrupted
+    from ghostpool._signals import Interrupted, TimedOut, until_interrupted
 
     try:
         anyio.run(until_interrupted, story, timeout, backend="trio")
@@ -188,14 +204,13 @@ def run_story(
         report.status = EXIT_INTERRUPTED
         report.error = RestoreError("interrupted; everything was undone")
         report.restored = False
-    except TimeoutError:
+    except TimedOut:
         report.status = EXIT_FAILED
         report.error = RestoreError(f"not done within {timeout:g} s; everything was undone")
-    except (GhostpoolError, ExceptionGroup) as error:
+    except Exception as error:
         report.status = exit_status(error)
         report.error = error
-        if not isinstance(error, GhostpoolError) and report.status == EXIT_FAILED:
-            log.debug("unexpected", exc_info=error)
+        log.debug("failed", exc_info=error)
 
 
 def check_report_path(path: str | None) -> None:

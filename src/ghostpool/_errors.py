@@ -14,6 +14,8 @@ from __future__ import annotations
 import errno as _errno
 import os
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 
 class GhostpoolError(Exception):
@@ -97,6 +99,10 @@ class KernelError(RestoreError, OSError):
         self.mount = mount
         self.namespace = namespace
         self.advice = advice
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rest = {"mount": self.mount, "namespace": self.namespace, "advice": self.advice}
+        return partial(type(self), **rest), (self.errno, self.syscall, self.path)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         name = _errno.errorcode.get(self.errno or 0, str(self.errno))

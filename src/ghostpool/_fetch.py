@@ -10,6 +10,8 @@ import array
 import json
 import os
 import resource
+import shutil
+import signal
 import socket
 from typing import Any
 
@@ -26,6 +28,9 @@ def fetch(path: str, task: int, argv: list[str]) -> None:
 
     Returns never. PlanError: nobody serves there, or not this task. CommandError: exec failed.
     """
+    if shutil.which(argv[0]) is None:
+        # Before the descriptors are taken, which happens once.
+        raise PlanError(f"{argv[0]}: no such command here")
     soft_limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -56,6 +61,8 @@ def fetch(path: str, task: int, argv: list[str]) -> None:
     }
     targets = {number: number for number in range(3) if number not in descriptors}
     try:
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)  # Python ignores them
         _descriptors.place({**targets, **descriptors}, connection.detach(), soft_limit)
         os.execvpe(argv[0], argv, environment)
     except OSError as error:

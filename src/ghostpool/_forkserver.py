@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import select
 import signal
 from typing import Any
@@ -56,11 +57,23 @@ class ForkServer:
             self._waiting += fds
             return
         fds, self._waiting = self._waiting + fds, []
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            # EAGAIN or ENOMEM: the workers that are there go on, and are needed to undo things.
+            _linux.close_all(fds)
+            self._channel.send(("failed", error.errno))
+            return
         if pid == 0:
             self._become(kind, arguments, fds)
         _linux.close_all(fds)
-        pidfd = os.pidfd_open(pid)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            self._channel.send(("failed", error.errno))
+            return
         self._children[pidfd] = pid
         self._poll.register(pidfd, select.POLLIN)
         self._channel.send(("forked", pid), [pidfd])
@@ -132,6 +145,10 @@ def _run_command(
 
 def main(fd: int) -> None:
     """Serve on the socket `fd` until its other end is closed."""
+    # What the caller left inheritable would reach every worker, and so a container.
+    os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     for number in _IGNORED:
         # A Ctrl-C reaches the whole process group; who undoes things needs its workers then.
         signal.signal(number, signal.SIG_IGN)

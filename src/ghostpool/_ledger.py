@@ -82,11 +82,20 @@ class Ledger:
         """The worker answered: the name and its parents are gone (or are to be kept)."""
         self._links.pop(planned.opening.file.id, None)
 
-    async def clear(self, keep_final: bool = False) -> list[str]:
+    def keep_names(self) -> None:
+        """Everything succeeded and the old names are to stay: only temporaries are owed now."""
+        self._links.clear()
+        self._temporaries = {
+            key: temporary
+            for key, temporary in self._temporaries.items()
+            if not temporary.planned.final
+        }
+
+    async def clear(self) -> list[str]:
         """Take all names away, last made first; what was left and why, for people.
 
-        `keep_final` leaves directory ghosts at their old names. RestoreError for a name that
-        resists; all others are gone then. Every slot works on its own directories at once.
+        RevertError for a name that resists; all others are gone then. Every slot works on its
+        own directories at once.
         """
         by_slot: dict[int, list[tuple[int, RemoveOp]]] = {}
         for planned, slot in reversed(self._links.values()):
@@ -98,8 +107,6 @@ class Ledger:
             key=lambda t: (bool(t.planned.final), -_depth(t.planned)),
         )
         for temporary in temporaries:
-            if temporary.planned.final and keep_final:
-                continue
             target = temporary.planned.mount.namespace.target.index
             operations = by_slot.setdefault(temporary.slot, [])
             operations += [(target, operation) for operation in _temporary_ops(temporary)]

@@ -18,6 +18,7 @@ import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ghostpool._buildspec import SHARED_BY_KERNEL
 from ghostpool._errors import (
     GhostpoolError,
     HostNamespace,
@@ -38,7 +39,10 @@ ALTERNATIVE = b".cr_link"
 _NAME_MAX = 255
 _TMPFILE_BIT = os.O_TMPFILE & ~os.O_DIRECTORY
 _DROPPED_FLAGS = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_CLOEXEC
-_O_LARGEFILE = 0 if os.O_LARGEFILE else 0o100000
+_MOST_EXTENTS = 250_000
+"""What fits one request to a worker; 1 GiB of which every other block is a hole has as many."""
+# Python says 0 on 64-bit machines, but fdinfo shows the kernel's own value there.
+_O_LARGEFILE = {"x86_64": 0o100000, "aarch64": 0o400000}.get(os.uname().machine, 0o100000)
 _KNOWN_FLAGS = (
     os.O_ACCMODE
     | os.O_APPEND
@@ -173,7 +177,7 @@ class Plan:
     @property
     def leased(self) -> set[MountHandle]:
         """Mounts that will be made writable in their tasks' own view."""
-        return {handle for task in self.tasks for handle in task.leases}
+        return {*self.service_leases, *(handle for task in self.tasks for handle in task.leases)}
 
     @property
     def service_leases(self) -> list[MountHandle]:
@@ -221,7 +225,7 @@ class Planner:
         self._openings: dict[RegId, Opening] = {}
         self._by_ghost: dict[GhostId, list[Opening]] = {}
         self._wanted: dict[tuple[MountHandle, bytes], dict[bytes, int]] = {}
-        self._used: set[tuple[int, bytes, bytes]] = set()
+        self._used: dict[tuple[int, bytes, bytes], GhostId] = {}
         self._collect()
 
     # -- step one -------------------------------------------------------------------------------
@@ -289,11 +293,11 @@ class Planner:
         if file.id not in held:
             # By an inotify mark or a message in flight; or the image that says so was cut.
             if all(holder.reg_id != file.id for t in self._images.tasks for holder in t.holders):
-                self._plan.warnings.append(
-                    f"{text(file.name)}: no descriptor of the images holds it, so it is not "
-                    "restored"
+                raise UnsupportedError(
+                    "nothing that ghostpool knows of holds it (a mark of inotify or fanotify, a "
+                    "message in flight), or an fdinfo image is cut"
                 )
-            return
+            return  # refused by the name of what holds it
         self._check_kind(ghost)
         if file.mode is not None and file.mode != ghost.mode:
             raise PlanError(
@@ -323,10 +327,14 @@ class Planner:
                 f"a device ({os.major(rdev)}:{os.minor(rdev)}), refused without --allow-devices"
             )
         setuid = ghost.mode & (stat.S_ISUID | stat.S_ISGID)
-        if setuid and kind != stat.S_IFDIR and not self._policy.allow_setuid:
+        if setuid and not self._policy.allow_setuid:
             raise PlanError(
                 f"a setuid or setgid file (mode {stat.S_IMODE(ghost.mode):04o}), refused "
                 "without --allow-setuid"
+            )
+        if len(ghost.extents) > _MOST_EXTENTS:
+            raise PlanError(
+                f"{len(ghost.extents)} pieces of content, more than {_MOST_EXTENTS} in one file"
             )
         if not self._policy.own_owner and not self._policy.mapped(ghost.uid, ghost.gid):
             raise PlanError(
@@ -364,6 +372,11 @@ class Planner:
             raise ReadOnlySuperblock(
                 f"the superblock of {where} ({mount.fstype}) is read-only, so nothing can be "
                 "created on it through any mount"
+            )
+        if target.enter is None and mount.fstype in SHARED_BY_KERNEL:
+            raise UnsupportedError(
+                f"{where} is the machine's own {mount.fstype}, which a rebuilt namespace only "
+                "borrows: nothing is created on it"
             )
         if mount.read_only and target.is_host:
             raise HostNamespace(
@@ -433,10 +446,11 @@ class Planner:
         fits = len(alternative) <= _NAME_MAX
         if self._policy.keep:
             # Kept names collide among themselves, too.
+            own = opening.ghost.id
             key = (opening.mount.mount.device, opening.site.path)
-            taken = taken or (*key, name) in self._used
-            taken_alternative = taken_alternative or (*key, alternative) in self._used
-            self._used.add((*key, alternative if taken else name))
+            taken |= self._used.get((*key, name), own) != own
+            taken_alternative |= self._used.get((*key, alternative), own) != own
+            self._used[(*key, alternative if taken else name)] = own
         if not taken:
             return (name, alternative) if fits else (name,)
         if taken_alternative or not fits:

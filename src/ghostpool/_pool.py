@@ -27,6 +27,10 @@ from ghostpool._protocol import Failure
 from ghostpool._targets import Target
 
 log = logging.getLogger("ghostpool")
+DEATH_S = 5.0
+"""Seconds that are waited for a killed worker to be gone, which uninterruptible sleep delays."""
+INSIST_S = 6.0
+"""Seconds that one worker may take for undoing something, before another one is asked."""
 INSIST = 3
 """How many workers may die of undoing one thing before it is given up."""
 BUSY_S = 2.0
@@ -47,7 +51,6 @@ class WorkerPool:
         targets: Sequence[Target],
         *,
         mount_setattr: bool = True,
-        deadline_s: float = math.inf,
     ) -> None:
         self.jobs = jobs
         self.mounts: dict[MountHandle, int] = {}
@@ -55,7 +58,6 @@ class WorkerPool:
         self._server = server
         self._targets = {target.index: target.fd for target in targets}
         self._mount_setattr = mount_setattr
-        self._deadline_s = deadline_s
         self._images = -1
         self._slots: list[Worker | None] = [None] * jobs
         self._locks = [anyio.Lock() for _ in range(jobs)]
@@ -73,10 +75,9 @@ class WorkerPool:
         targets: Sequence[Target],
         *,
         mount_setattr: bool = True,
-        deadline_s: float = math.inf,
     ) -> AsyncIterator[WorkerPool]:
         """A pool for the time of the block; at its end no worker and no descriptor is left."""
-        pool = cls(server, jobs, targets, mount_setattr=mount_setattr, deadline_s=deadline_s)
+        pool = cls(server, jobs, targets, mount_setattr=mount_setattr)
         try:
             yield pool
         finally:
@@ -110,6 +111,10 @@ class WorkerPool:
     async def _worker(self, slot: int) -> Worker:
         async with self._locks[slot]:
             worker = self._slots[slot]
+            if worker is not None and not worker.alive:
+                # It may be in the middle of the system call that is to be undone.
+                with anyio.move_on_after(DEATH_S, shield=True):
+                    await worker.child.wait()
             if worker is None or not worker.alive:
                 worker = await self._server.worker(mount_setattr=self._mount_setattr)
                 self._slots[slot] = worker
@@ -126,6 +131,7 @@ class WorkerPool:
         target: int = -1,
         mounts: Iterable[MountHandle] = (),
         fds: Iterable[int] = (),
+        deadline_s: float = math.inf,
     ) -> tuple[Any, list[int]]:
         """Have the slot's worker do one request in a target namespace.
 
@@ -139,7 +145,7 @@ class WorkerPool:
             namespaces={target: self._targets[target]} if target >= 0 else {},
             mounts={handle: self.mounts[handle] for handle in mounts},
             fds=fds,
-            deadline_s=self._deadline_s,
+            deadline_s=deadline_s,
         )
 
     async def insist(
@@ -155,27 +161,25 @@ class WorkerPool:
         handles = list(mounts)
         for _ in range(INSIST - 1):
             try:
-                return await self.call(slot, request, *arguments, target=target, mounts=handles)
+                return await self.call(
+                    slot,
+                    request,
+                    *arguments,
+                    target=target,
+                    mounts=handles,
+                    deadline_s=INSIST_S,
+                )
             except WorkerDied as error:
                 log.info("%s: tried again with another worker", error)
-        return await self.call(slot, request, *arguments, target=target, mounts=handles)
+        return await self.call(
+            slot, request, *arguments, target=target, mounts=handles, deadline_s=INSIST_S
+        )
 
     def learned(self, slot: int, handles: Iterable[MountHandle]) -> None:
         """The slot's worker opened these mounts itself and needs not be handed them."""
         worker = self._slots[slot]
         if worker is not None:
             worker.learned(handles)
-
-    async def forget_mounts(self, handles: Iterable[MountHandle]) -> None:
-        """Close mounts here and in every worker, which ends the detached clones among them."""
-        wanted = list(handles)
-        for worker in self._slots:
-            if worker is not None and worker.alive:
-                held = worker.holds(wanted)
-                if held:
-                    await worker.call("forget", held)
-                    worker.forget(held)
-        _linux.close_all(self.mounts.pop(handle) for handle in wanted if handle in self.mounts)
 
 
 def kernel_error(
@@ -292,7 +296,7 @@ class PoolMounts:
 
     def _revert_error(self, handle: MountHandle, code: int, step: str) -> Exception | None:
         planned = self._mounts[handle]
-        if code == errno.EINVAL:
+        if code in (errno.EINVAL, errno.ENOENT):
             return None  # taken off meanwhile: there is nothing left to put back
         reason = "somebody has a file open for writing on it" if code == errno.EBUSY else ""
         problem = f"{planned.label} stays writable: {step}: {os.strerror(code)}"
@@ -307,7 +311,7 @@ def mend_command(planned: PlannedMount) -> str:
     if enter is None:
         return _NOTHING
     options = ",".join(["remount", "bind", "ro", *planned.mount.options()[1:]])
-    return f"{enter} mount -o {options} {_quoted(planned.mount.mountpoint)}"
+    return f"mount -N {enter} -o {options} {_quoted(planned.mount.mountpoint)}"
 
 
 def remove_command(planned: PlannedMount, path: bytes, is_directory: bool) -> str:
@@ -316,7 +320,10 @@ def remove_command(planned: PlannedMount, path: bytes, is_directory: bool) -> st
     if enter is None:
         return _NOTHING
     tool = "rmdir" if is_directory else "rm -f"
-    return f"{enter} {tool} {_quoted(planned.mount.mountpoint.rstrip(b'/') + b'/' + path)}"
+    inside = planned.mount.mountpoint.rstrip(b"/") + b"/" + path
+    if enter.isdecimal():
+        return f"{tool} {_quoted(b'/proc/' + enter.encode() + b'/root' + inside)}"
+    return f"nsenter --mount={shlex.quote(enter)} {tool} {_quoted(inside)}"
 
 
 def _quoted(path: bytes) -> str:

@@ -12,8 +12,8 @@ import math
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import anyio
@@ -24,6 +24,8 @@ from ghostpool._launch import Launched
 from ghostpool._model import MountHandle
 from ghostpool._protocol import HEADER, MAX_FDS, MAX_FRAME, Failure, encode, rights, take_rights
 
+FORK_S = 15.0
+"""How long the fork server may take to fork one child."""
 SEND_S = 10.0
 """How long a worker may take to read a request that it is waiting for."""
 CANCEL_GRACE_S = 2.0
@@ -114,6 +116,15 @@ class Channel:
         self._fds = []
 
 
+@contextmanager
+def _fork_deadline() -> Iterator[None]:
+    try:
+        with anyio.fail_after(FORK_S, shield=True):
+            yield
+    except TimeoutError:
+        raise WorkerDied(f"the fork server gave no answer within {FORK_S:g} s") from None
+
+
 class Child:
     """A grandchild of the coordinator, forked by the fork server; its end comes as an event."""
 
@@ -156,7 +167,7 @@ class ForkServer:
         self._launched = launched
         self._channel = Channel(launched.socket)
         self._lock = anyio.Lock()
-        self._answers: list[Child] = []
+        self._answers: list[Child | int] = []
         self._answered = anyio.Event()
         self._children: dict[int, Child] = {}
         self._dead = False
@@ -205,6 +216,9 @@ class ForkServer:
                 child = self._children[message[1]] = Child(message[1], fds[0])
                 self._answers.append(child)
                 self._answered.set()
+            elif message[0] == "failed":
+                self._answers.append(message[1])
+                self._answered.set()
             elif message[0] == "exit":
                 child = self._children.pop(message[1])
                 child._end(message[2])
@@ -213,7 +227,8 @@ class ForkServer:
     async def fork(self, kind: str, *arguments: object, fds: list[int]) -> Child:
         """Fork one child. WorkerDied if the fork server is gone."""
         # Shielded: a child that was forked must be known, or nobody would end it.
-        with anyio.CancelScope(shield=True):
+        # And bounded: a fork server that was stopped must not hang who undoes things.
+        with _fork_deadline():
             async with self._lock:
                 sent = 0
                 try:
@@ -229,6 +244,8 @@ class ForkServer:
                     self._answered = anyio.Event()
                     await self._answered.wait()
                 child = self._answers.pop(0)
+        if isinstance(child, int):
+            raise WorkerDied(f"the fork server can not fork: {os.strerror(child)}")
         return child
 
     async def worker(self, *, mount_setattr: bool = True) -> Worker:
@@ -375,7 +392,11 @@ class Worker:
                 key: fd for key, fd in (namespaces or {}).items() if key not in self._namespaces
             }
             new_mounts = {key: fd for key, fd in (mounts or {}).items() if key not in self._mounts}
-            await self._hand_over(new_mounts)
+            try:
+                await self._hand_over(new_mounts)
+            except (anyio.EndOfStream, OSError) as error:
+                self.kill()
+                raise WorkerDied(f"worker {self.child.pid} ended") from error
             numbers = (namespace, list(new_namespaces), list(new_mounts))
             passed = [*new_namespaces.values(), *new_mounts.values(), *fds]
             # What may have arrived needs not be sent again, and what has not, dies with it.
@@ -429,14 +450,6 @@ class Worker:
                 pass
         if not answered:
             self.kill()
-
-    def forget(self, handles: Iterable[MountHandle]) -> None:
-        """Bookkeeping for a "forget" request: these would have to be sent again."""
-        self._mounts -= set(handles)
-
-    def holds(self, handles: Iterable[MountHandle]) -> list[MountHandle]:
-        """Those of `handles` that this worker has a descriptor of."""
-        return [handle for handle in handles if handle in self._mounts]
 
     def learned(self, handles: Iterable[MountHandle]) -> None:
         """Bookkeeping: the worker opened these itself."""

@@ -31,6 +31,8 @@ class Report:
     left: list[str] = field(default_factory=list)
     error: BaseException | None = None
     status: int = 0
+    ready: bool = False
+    """The plan was without refusals, so every clone that it asks for had been made."""
     restored: bool = False
     """Every ghost was restored and every mount put back, whatever a command said later."""
 
@@ -60,7 +62,6 @@ class Report:
 
     def _mount(self, planned: PlannedMount) -> dict[str, Any]:
         usage = self.usage.get(planned.handle, MountUsage(0, 0, True, 0.0))
-        by_task = self.plan is not None and planned.handle in self.plan.leased
         return {
             "namespace": planned.namespace.id,
             "mountpoint": text(planned.mount.mountpoint),
@@ -68,10 +69,10 @@ class Report:
             "unique_id": self.identities.get(planned.handle, 0),
             "options": planned.mount.options(),
             "made_writable": {
-                # A clone is made writable once, when it is made; without one, the lease of the
-                # mount itself serves for creating too.
-                "service": 1 if planned.clone else (0 if by_task else usage.made_writable),
-                "task": usage.made_writable if by_task else 0,
+                # A clone is made writable once, when it is made; where none can be made, the
+                # lease of the mount itself serves for creating too.
+                "service": int(planned.clone and self.ready),
+                "task": usage.made_writable,
             },
             "reverted": usage.reverted,
             "leases": usage.leases,
@@ -127,7 +128,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
                 "mountpoint": text(planned.mount.mountpoint),
                 "mount_id": planned.mount.mnt_id,
                 "options": planned.mount.options(),
-                "service_clone": planned.mount.read_only,
+                "service_clone": planned.clone,
                 "made_writable": planned.handle in leased,
             }
             for planned in plan.mounts.values()

@@ -196,7 +196,9 @@ class Restoration:
         except WorkerFailure as error:
             for planned, fields in zip(ghosts, error.failure.done, strict=False):
                 self._ledger.created(planned, Created(*fields))
-            raise self._failed(error.failure, ghosts[error.failure.at].ghost.file) from error
+            raise self._failed(
+                error.failure, ghosts[max(0, error.failure.at)].ghost.file
+            ) from error
         for planned, fields in zip(ghosts, answers, strict=True):
             self._ledger.created(planned, Created(*fields))
         log.debug("created %d ghosts", len(ghosts))
@@ -280,14 +282,12 @@ class Restoration:
                 mounts=handles,
             )
         except WorkerFailure as error:
-            # The worker took its names away again before it answered; those are not owed.
-            for planned in opens:
-                self._ledger.unlinked(planned)
-            name = text(opens[error.failure.at].opening.file.name)
+            name = text(opens[max(0, error.failure.at)].opening.file.name)
             raise self._failed(error.failure, name) from error
         for planned, fields, fd in zip(opens, answers, fds, strict=True):
             self.restored.fds[planned.opening.file.id] = fd
-            self._ledger.unlinked(planned)
+            if not self._keep:
+                self._ledger.unlinked(planned)
             opened = Opened(*fields)
             self.restored.left += [
                 f"{text(path)} on mount {planned.opening.mount.label}: not removed, something "
@@ -337,7 +337,9 @@ class Restoration:
     # -- after the barrier ----------------------------------------------------------------------
 
     async def _clean(self) -> None:
-        self.restored.left += await self._ledger.clear(keep_final=self._keep)
+        if self._keep:
+            self._ledger.keep_names()
+        self.restored.left += await self._ledger.clear()
         self._progress("clean", 1)
 
     def _verify(self) -> None:
@@ -347,7 +349,11 @@ class Restoration:
         for planned in self._plan.opens:
             fd = self.restored.fds[planned.opening.file.id]
             status = os.fstat(fd)
-            gone = status.st_nlink == 0 or os.readlink(f"/proc/self/fd/{fd}").endswith(" (deleted)")
+            if stat.S_ISDIR(status.st_mode):
+                # Not every file system counts a directory's links down to zero.
+                gone = os.readlink(f"/proc/self/fd/{fd}").endswith(" (deleted)")
+            else:
+                gone = status.st_nlink == 0
             if not gone:
                 raise VerificationError(
                     f"{text(planned.opening.file.name)}: still has {status.st_nlink} names "
@@ -371,6 +377,8 @@ class Restoration:
                 raise ExceptionGroup("undoing failed", [error, *_reportable(cause)]) from None
 
     def _failed(self, failure: Failure, subject: str) -> RestoreError:
+        if failure.at < 0:
+            return kernel_error(failure, self._plan.mounts)
         if failure.errno:
             return kernel_error(failure, self._plan.mounts, f"while restoring {subject}")
         return VerificationError(

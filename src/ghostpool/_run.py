@@ -125,6 +125,7 @@ async def prepared(
                         _log_plan(plan)
                         _check_descriptors(plan, hard)
                         check(plan)
+                        report.ready = not plan.refusals
                         yield Prepared(
                             request,
                             server,

@@ -38,7 +38,7 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
             str(mount.namespace.id),
             escape(text(mount.mount.mountpoint)),
             ", ".join(mount.mount.options()),
-            "private clone" if mount.mount.read_only else "the mount",
+            "private clone" if mount.clone else "the mount",
             "made writable" if mount.handle in leased else "untouched",
         )
     if mounts.rows:

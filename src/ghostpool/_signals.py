@@ -15,6 +15,15 @@ import anyio
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def _not_ignored() -> list[signal.Signals]:
+    """nohup(1) and shells ignore a signal for their children: then it is not ours to act on."""
+    return [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+class TimedOut(Exception):
+    """The time limit of the run ended it; no TimeoutError, which errors of the run may be."""
+
+
 class Interrupted(Exception):
     """A signal asked the run to end."""
 
@@ -24,14 +33,14 @@ class Interrupted(Exception):
 
 
 async def until_interrupted(story: Callable[[], Awaitable[None]], limit_s: float | None) -> None:
-    """Await `story`; Interrupted after a signal, TimeoutError after `limit_s` seconds.
+    """Await `story`; Interrupted after a signal, TimedOut after `limit_s` seconds.
 
     Errors of the story come out as they are, also when a signal came while it was failing.
     """
     received: list[signal.Signals] = []
     deadline = anyio.current_time() + (math.inf if limit_s is None else limit_s)
     with anyio.CancelScope(shield=True):
-        with anyio.open_signal_receiver(*_SIGNALS) as signals:
+        with anyio.open_signal_receiver(*_not_ignored()) as signals:
             async with anyio.create_task_group() as group:
                 scope = anyio.CancelScope(deadline=deadline)
 
@@ -53,4 +62,4 @@ async def until_interrupted(story: Callable[[], Awaitable[None]], limit_s: float
     if received and scope.cancelled_caught:
         raise Interrupted(received[0])
     if scope.cancelled_caught:
-        raise TimeoutError
+        raise TimedOut

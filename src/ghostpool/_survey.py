@@ -75,7 +75,7 @@ class Survey:
         try:
             facts, fds = await self._pool.call(slot, "open_mounts", points, target=target.index)
         except WorkerFailure as error:
-            planned = mounts[error.failure.at]
+            planned = mounts[max(0, error.failure.at)]
             raise _mount_error(planned, error.failure) from error
         for planned, fields, fd in zip(mounts, facts, fds, strict=True):
             self._pool.mounts[planned.handle] = fd

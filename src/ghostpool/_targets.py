@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import select
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -32,7 +31,7 @@ class Target:
     is_host: bool
     """The mount namespace of pid 1 or our own: never remounted."""
     enter: str | None
-    """Command prefix that enters it, or None: it lives only as long as this run."""
+    """Pid or path that names it for mount -N and nsenter; None: it ends with this run."""
 
 
 def parse_namespace_option(text: str) -> tuple[NsId, str]:
@@ -78,13 +77,13 @@ def resolve_namespaces(
 
 
 def _open_namespace(where: str) -> tuple[int, str]:
-    """Descriptor of the mount namespace of a pid, or at a path; and the command to enter it."""
+    """Descriptor of the mount namespace of a pid, or at a path; and how mount -N names it."""
     if not where.isdecimal():
         try:
             fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise NamespaceNotFound(f"{where}: {error.strerror}") from error
-        return fd, f"nsenter --mount={shlex.quote(os.path.abspath(where))}"
+        return fd, os.path.abspath(where)
     pid = int(where)
     try:
         pidfd = os.pidfd_open(pid)
@@ -101,7 +100,7 @@ def _open_namespace(where: str) -> tuple[int, str]:
         if poll.poll(0):
             os.close(fd)
             raise NamespaceNotFound(f"process {pid} has ended")
-        return fd, f"nsenter -t {pid} -m"
+        return fd, str(pid)
     finally:
         os.close(pidfd)
 

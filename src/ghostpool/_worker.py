@@ -234,7 +234,9 @@ class Worker:
             step = "mount_setattr" if self._mount_setattr else "mount"
             try:
                 fd = self._mounts[handle]
-                attributes, _ = self._state(fd, _linux.mount_identity(fd))
+                attributes = 0
+                if not self._mount_setattr:
+                    attributes, _ = self._state(fd, _linux.mount_identity(fd))
                 self._set_read_only(fd, attributes, True)
                 results.append(None)
             except OSError as error:
@@ -250,6 +252,7 @@ class Worker:
                 if error.errno != errno.ENOSYS:
                     raise
                 self._mount_setattr = False
+                attributes, _ = self._state(fd, _linux.mount_identity(fd))
             else:
                 return
         # mount(2) knows only paths. The magic link of our own descriptor leads to exactly this
@@ -263,15 +266,6 @@ class Worker:
         finally:
             os.fchdir(here)
             os.close(here)
-
-    def do_forget(self, out: list[int], handles: list[int]) -> None:
-        """Close mounts and everything below them: the last descriptor ends a detached clone."""
-        for key in [key for key in self._directories if key[0] in handles]:
-            os.close(self._directories.pop(key))
-        for handle in handles:
-            fd = self._mounts.pop(handle, -1)
-            if fd >= 0:
-                os.close(fd)
 
     # -- directories ----------------------------------------------------------------------------
 
@@ -287,10 +281,6 @@ class Worker:
             fd = _linux.openat2(self._mounts[mount], path, os.O_PATH | os.O_DIRECTORY, INSIDE)
             self._directories[key] = fd
         return fd
-
-    def _forget_directory(self, path: bytes) -> None:
-        for key in [key for key in self._directories if key[1] == path]:
-            os.close(self._directories.pop(key))
 
     def _make_directories(self, mount: int, path: bytes) -> list[bytes]:
         """Make what is missing of `path`; the paths that were made, outermost first."""
@@ -317,19 +307,24 @@ class Worker:
         return made
 
     def _remove_directories(self, mount: int, paths: list[bytes]) -> list[bytes]:
-        """Remove directories that we made, innermost first; those that somebody else uses stay."""
-        for number, path in enumerate(reversed(paths)):
-            above, _, name = path.rpartition(b"/")
-            self._forget_directory(path)
-            try:
-                os.rmdir(name, dir_fd=self._directory(mount, above))
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
-                    raise
-                return list(paths[: len(paths) - number])
-        return []
+        """Remove directories that we made, innermost first; those that somebody else uses stay,
+        and are returned."""
+        try:
+            for number, path in enumerate(reversed(paths)):
+                above, _, name = path.rpartition(b"/")
+                try:
+                    os.rmdir(name, dir_fd=self._directory(mount, above))
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+                        raise
+                    return list(paths[: len(paths) - number])
+            return []
+        finally:
+            if paths:
+                # Descriptors of what is gone; other mounts may know it by other paths.
+                self.do_forget_directories([])
 
     def do_look(
         self, out: list[int], places: list[tuple[int, bytes, tuple[bytes, ...]]]
@@ -406,13 +401,18 @@ class Worker:
             try:
                 status = os.fstat(fd)
                 # A task of the container sees the name and may have swapped what it leads to.
-                if stat.S_IFMT(status.st_mode) != kind or status.st_rdev != operation.rdev:
+                if (
+                    stat.S_IFMT(status.st_mode) != kind
+                    or status.st_rdev != operation.rdev
+                    or status.st_uid != os.geteuid()
+                ):
                     raise _Mismatch("identity of the new file")
                 self._step = "fchownat"
                 _linux.lchown_fd(fd, operation.uid, operation.gid)
-                if kind == stat.S_IFDIR:
-                    self._step = "fchmod"
-                    os.fchmod(fd, stat.S_IMODE(operation.mode))
+                if kind != stat.S_IFLNK:
+                    # A default ACL has changed the mode, or chown the setuid and setgid bits.
+                    self._step = "fchmodat"
+                    os.chmod(b"%d" % fd, stat.S_IMODE(operation.mode), dir_fd=self._own_fds)
                 if operation.times is not None:
                     self._step = "utimensat"
                     _linux.utimens_fd(fd, *operation.times)
@@ -612,20 +612,10 @@ class Worker:
 
     def _open_checked(self, operation: OpenOp, directory: int, name: bytes) -> int:
         is_fifo = stat.S_ISFIFO(operation.mode)
-        helper = -1
-        if is_fifo:
-            # A reader waits for a writer, a writer without a reader is refused: be both first.
-            flags = os.O_RDWR | os.O_NONBLOCK
-            helper = _linux.openat2(directory, name, flags, INSIDE)
-        try:
-            fd = _linux.openat2(directory, name, operation.flags, INSIDE)
-        finally:
-            if helper >= 0:
-                os.close(helper)
+        fd = self._open_own(operation, directory, name, is_fifo)
         try:
             status = os.fstat(fd)
-            if (status.st_dev, status.st_ino) != (operation.device, operation.inode):
-                raise _Mismatch("identity: another file has the name")
+            self._check_identity(operation, status)
             if operation.mode >= 0 and status.st_mode != operation.mode:
                 raise _Mismatch(f"mode: {status.st_mode:o} instead of {operation.mode:o}")
             if operation.size >= 0 and status.st_size != operation.size:
@@ -641,6 +631,42 @@ class Worker:
         except BaseException:
             os.close(fd)
             raise
+        return fd
+
+    @staticmethod
+    def _check_identity(operation: OpenOp, status: os.stat_result) -> None:
+        if (status.st_dev, status.st_ino) != (operation.device, operation.inode):
+            raise _Mismatch("identity: another file has the name")
+
+    def _open_own(self, operation: OpenOp, directory: int, name: bytes, is_fifo: bool) -> int:
+        """Open the file of the expected identity, and no other: opening another one may block for
+        ever (a fifo) or set off a device, and tasks of the container can exchange names."""
+        path_flags = os.O_PATH | os.O_NOFOLLOW
+        if operation.flags & os.O_PATH:
+            return _linux.openat2(directory, name, operation.flags, INSIDE)
+        path_fd = _linux.openat2(directory, name, path_flags, INSIDE)
+        helper = -1
+        try:
+            self._check_identity(operation, os.fstat(path_fd))
+            if operation.flags & os.O_NOFOLLOW:
+                # Its flag would refuse the magic link, so it has to be opened by its name.
+                return self._open_regular_by_name(operation, directory, name)
+            own = b"%d" % path_fd
+            if is_fifo:
+                # A reader waits for a writer, a writer without a reader is refused: be both.
+                helper = os.open(own, os.O_RDWR | os.O_NONBLOCK, dir_fd=self._own_fds)
+            return os.open(own, operation.flags, dir_fd=self._own_fds)
+        finally:
+            os.close(path_fd)
+            if helper >= 0:
+                os.close(helper)
+
+    @staticmethod
+    def _open_regular_by_name(operation: OpenOp, directory: int, name: bytes) -> int:
+        flags = operation.flags | os.O_NONBLOCK
+        fd = _linux.openat2(directory, name, flags, INSIDE)
+        if not operation.flags & os.O_NONBLOCK:
+            os.set_blocking(fd, True)
         return fd
 
     # -- removing -------------------------------------------------------------------------------
@@ -661,7 +687,7 @@ class Worker:
                 if own or not operation.inode:
                     step = "unlinkat"
                     if stat.S_ISDIR(status.st_mode):
-                        self._remove_directory(operation, directory)
+                        self._remove_directory(operation)
                     else:
                         os.unlink(operation.name, dir_fd=directory)
             except FileNotFoundError:
@@ -678,9 +704,9 @@ class Worker:
         outer = len(components) - len(operation.parents)
         return [b"/".join(components[: n + 1]) for n in range(outer, len(components))]
 
-    def _remove_directory(self, operation: RemoveOp, directory: int) -> None:
-        path = operation.directory + b"/" + operation.name
-        self._forget_directory(path.lstrip(b"/"))
+    def _remove_directory(self, operation: RemoveOp) -> None:
+        self.do_forget_directories([])
+        directory = self._directory(operation.mount, operation.directory)
         if operation.times is not None:
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
             fd = _linux.openat2(directory, operation.name, flags, INSIDE)
