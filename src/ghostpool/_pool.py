@@ -210,6 +210,8 @@ class PoolMounts:
         """Unique id (or mnt_id, before Linux 6.8) that each mount had when it was found."""
         self.writable_attributes: dict[MountHandle, int] = {}
         """What the kernel said of each mount right after it was made writable."""
+        self._found_writable: set[MountHandle] = set()
+        """Mounts that were writable when they were leased: never to be made read-only."""
 
     def _by_target(self, mounts: Sequence[MountHandle]) -> dict[int, list[MountHandle]]:
         targets: dict[int, list[MountHandle]] = {}
@@ -239,6 +241,8 @@ class PoolMounts:
                     results[handle] = self._error(handle, *rest)
                 else:
                     results[handle] = changed
+                    if not changed:
+                        self._found_writable.add(handle)
                     self.writable_attributes[handle] = rest[0]
         return [results[handle] for handle in mounts]
 
@@ -256,7 +260,9 @@ class PoolMounts:
         results: dict[MountHandle, Exception | None] = {}
         for handle in mounts:
             log.debug("back to read-only: %s", self._mounts[handle].label)
-        for target, handles in self._by_target(mounts).items():
+        ours = [handle for handle in mounts if handle not in self._found_writable]
+        results.update((handle, None) for handle in self._found_writable.intersection(mounts))
+        for target, handles in self._by_target(ours).items():
             try:
                 answers = await self._revert(target, handles)
             except (WorkerDied, WorkerFailure) as error:

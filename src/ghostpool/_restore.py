@@ -39,7 +39,13 @@ from ghostpool._ledger import (
 from ghostpool._match import join, relative_to, text
 from ghostpool._model import MountHandle, RegId
 from ghostpool._plan import Plan, PlannedGhost, PlannedOpen, PlannedTask, assign_slots
-from ghostpool._pool import PoolMounts, WorkerFailure, WorkerPool, kernel_error
+from ghostpool._pool import (
+    PoolMounts,
+    WorkerFailure,
+    WorkerPool,
+    kernel_error,
+    mend_command,
+)
 from ghostpool._protocol import (
     Created,
     CreateOp,
@@ -51,6 +57,8 @@ from ghostpool._protocol import (
 )
 
 log = logging.getLogger("ghostpool")
+REVERT_S = 60.0
+"""Deadline of putting mounts back, in seconds: longer than the pool insists on its own."""
 UNDO_S = 60.0
 """Deadline of undoing, in seconds; only hung file systems come near it."""
 _CREATE_BATCH = 256
@@ -114,7 +122,9 @@ class Restoration:
         self._progress = progress
         self._kernel = PoolMounts(pool, plan.mounts)
         self._kernel.identities.update(identities)
-        self._leases: MountLeases[MountHandle] = MountLeases(self._kernel, reopen=False)
+        self._leases: MountLeases[MountHandle] = MountLeases(
+            self._kernel, reopen=False, revert_s=REVERT_S
+        )
         self._barrier = TaskBarrier(planned.task.pid for planned in plan.tasks)
         self._ledger = Ledger(pool, plan.mounts)
         self._slots = assign_slots(self._weights(), pool.jobs)
@@ -139,8 +149,8 @@ class Restoration:
             try:
                 async with self._leases.hold(self._plan.service_leases):
                     await self._run()
-            except BaseExceptionGroup as group:
-                error = first_cause(group)
+            except BaseException as caught:  # noqa: BLE001  raised again below
+                error = self._with_reverts(caught)
             finally:
                 self.restored.usage = self._leases.usage()
                 self.restored.writable_attributes = self._kernel.writable_attributes
@@ -149,6 +159,20 @@ class Restoration:
             yield self.restored
         finally:
             self.restored.close()
+
+    def _with_reverts(self, caught: BaseException) -> BaseException:
+        """The cause; and if a mount is left writable for whatever reason, that with its mend."""
+        unnamed = [
+            RevertError(
+                f"{self._plan.mounts[handle].label} may still be writable: {error!r}",
+                mend_command(self._plan.mounts[handle]),
+            )
+            for handle, error in self._leases.revert_errors.items()
+            if not isinstance(error, RevertError)
+        ]
+        if unnamed:
+            return first_cause(BaseExceptionGroup("not reverted", [*unnamed, caught]))
+        return first_cause(caught)
 
     async def _run(self) -> None:
         try:
