@@ -196,10 +196,11 @@ def run_story(
     """
     import anyio
 
-    from ghostpool._signals import Interrupted, TimedOut, until_interrupted
+    from ghostpool._signals import Interrupted, TimedOut, signals_kept, until_interrupted
 
     try:
-        anyio.run(until_interrupted, story, timeout, backend="trio")
+        with signals_kept() as kept:
+            anyio.run(until_interrupted, story, timeout, kept, backend="trio")
     except (Interrupted, KeyboardInterrupt):
         report.status = EXIT_INTERRUPTED
         report.error = RestoreError("interrupted; everything was undone")

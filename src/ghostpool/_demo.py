@@ -22,8 +22,8 @@ from rich.progress import Progress
 
 from ghostpool import _linux
 from ghostpool._errors import VerificationError
-from ghostpool._match import text
 from ghostpool._mountinfo import option_names
+from ghostpool._paths import text
 from ghostpool._restore import Restored
 from ghostpool._run import Prepared
 from ghostpool._show import table

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Final
 
-from ._errors import ImageError, UnsupportedError
-from ._imagefile import ImageDirectory
-from ._imagemounts import is_image_path
-from ._model import MntId, RegFile, RegId
+from ghostpool._errors import ImageError, UnsupportedError
+from ghostpool._imagefile import ImageDirectory
+from ghostpool._imagemounts import is_image_path
+from ghostpool._model import MntId, RegFile, RegId
 
 # enum fd_types, and the field of file_entry that holds the details.
 FD_TYPE_REG: Final = 1

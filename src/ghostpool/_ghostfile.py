@@ -12,10 +12,10 @@ import os
 import stat
 from typing import Any, Final
 
-from ._errors import ImageError
-from ._imagefile import ImageDirectory, record_length
-from ._model import Extent, Ghost, GhostId
-from ._schema import decode, message_class
+from ghostpool._errors import ImageError
+from ghostpool._imagefile import ImageDirectory, record_length
+from ghostpool._model import Extent, Ghost, GhostId
+from ghostpool._schema import decode, message_class
 
 _ENTRY: Final = message_class("ghost_file_entry")
 _CHUNK: Final = message_class("ghost_chunk_entry")

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from ._errors import ImageError, UnsupportedError
-from ._schema import decode, message_class
+from ghostpool._errors import ImageError, UnsupportedError
+from ghostpool._schema import decode, message_class
 
 RECORD_LIMIT: Final = 16 << 20
 """Longest record that is accepted, in bytes; CRIU knows no limit, real ones stay far below."""

@@ -12,10 +12,10 @@ import os
 import re
 from typing import Any, Final
 
-from . import _linux
-from ._errors import ImageError, UnsupportedError
-from ._imagefile import ImageDirectory
-from ._model import ImageMount, MntId, NsId
+from ghostpool import _linux
+from ghostpool._errors import ImageError, UnsupportedError
+from ghostpool._imagefile import ImageDirectory
+from ghostpool._model import ImageMount, MntId, NsId
 
 _PROPAGATION: Final = _linux.MS_UNBINDABLE | _linux.MS_PRIVATE | _linux.MS_SLAVE | _linux.MS_SHARED
 _MS_SYNCHRONOUS: Final = 16

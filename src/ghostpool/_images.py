@@ -18,11 +18,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ._errors import ImageError, UnsupportedError
-from ._filetable import FD_TYPE_FIFO, FD_TYPE_REG, FileTable, read_fifo_data, read_files
-from ._imagefile import ImageDirectory, open_directory
-from ._imagemounts import read_mounts
-from ._model import (
+from ghostpool._errors import ImageError, UnsupportedError
+from ghostpool._filetable import FD_TYPE_FIFO, FD_TYPE_REG, FileTable, read_fifo_data, read_files
+from ghostpool._imagefile import ImageDirectory, open_directory
+from ghostpool._imagemounts import read_mounts
+from ghostpool._model import (
     HOST_NS,
     Descriptor,
     Holder,
@@ -35,7 +35,7 @@ from ._model import (
     Remap,
     Task,
 )
-from ._remaps import check_remapped, read_ghosts, read_remaps
+from ghostpool._remaps import check_remapped, read_ghosts, read_remaps
 
 _ALIVE: Final = 1
 _STOPPED: Final = 3

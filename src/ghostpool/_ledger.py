@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import anyio
 
 from ghostpool._errors import GhostpoolError, RevertError
-from ghostpool._match import join, relative_to, text
-from ghostpool._model import MountHandle
+from ghostpool._mend import remove_command
+from ghostpool._model import MountHandle, live_of
+from ghostpool._paths import join, text
 from ghostpool._plan import PlannedGhost, PlannedMount, PlannedOpen
-from ghostpool._pool import WorkerFailure, WorkerPool, remove_command
+from ghostpool._pool import WorkerPool
+from ghostpool._process import WorkerFailure
 from ghostpool._protocol import Created, Placed, Removed, RemoveOp
 
 _BATCH = 256
@@ -104,7 +106,7 @@ class Ledger:
         # Directories last, the innermost first: files lie in them, and they in one another.
         temporaries = sorted(
             reversed(self._temporaries.values()),
-            key=lambda t: (bool(t.planned.final), -_depth(t.planned)),
+            key=lambda t: (bool(t.planned.final), -t.planned.depth),
         )
         for temporary in temporaries:
             target = temporary.planned.mount.namespace.target.index
@@ -145,7 +147,7 @@ class Ledger:
                 self._note(operation, Removed(*fields), left, errors)
 
     def _not_removed(self, operation: RemoveOp, error: Exception) -> RevertError:
-        planned = self._mounts[MountHandle(operation.mount - operation.mount % 2)]
+        planned = self._mounts[live_of(operation.mount)]
         where = join(operation.directory, operation.name)
         return RevertError(
             f"{text(where)} on mount {planned.label}, and more of this run's names, may be left: "
@@ -156,7 +158,7 @@ class Ledger:
     def _note(
         self, operation: RemoveOp, answer: Removed, left: list[str], errors: list[Exception]
     ) -> None:
-        planned = self._mounts[MountHandle(operation.mount - operation.mount % 2)]
+        planned = self._mounts[live_of(operation.mount)]
         where = join(operation.directory, operation.name)
         if answer.errno:
             errors.append(
@@ -191,25 +193,6 @@ class Ledger:
             )
 
 
-def _depth(planned: PlannedGhost) -> int:
-    return planned.directory.count(b"/") + len(planned.parents)
-
-
-def final_directory(planned: PlannedGhost) -> bytes:
-    """Where a directory ghost is moved to, relative to its mount's root."""
-    return join(planned.directory, b"/".join(planned.parents))
-
-
-def place_of(planned: PlannedGhost) -> bytes:
-    """The directory of the temporary inside the file system."""
-    return join(planned.mount.mount.root.strip(b"/"), planned.directory)
-
-
-def seen_from(path: bytes, mount: PlannedMount) -> bytes:
-    """A path inside the file system as seen from a mount's root."""
-    return relative_to(path, mount.mount.root.strip(b"/"))
-
-
 def _temporary_ops(temporary: _Temporary) -> Iterable[RemoveOp]:
     planned, created = temporary.planned, temporary.created
     device, inode = created or (0, 0)
@@ -235,19 +218,11 @@ def _temporary_ops(temporary: _Temporary) -> Iterable[RemoveOp]:
     for number, name in enumerate(names):
         yield RemoveOp(
             mount=planned.mount.service,
-            directory=final_directory(planned),
+            directory=planned.final_directory,
             name=name,
             is_directory=True,
             device=device,
             inode=inode,
             parents=parents if number == len(names) - 1 else (),
-            times=times_ns(planned),
+            times=planned.times_ns,
         )
-
-
-def times_ns(planned: PlannedGhost) -> tuple[int, int] | None:
-    """Access and modification time of a ghost in nanoseconds, if its image has them."""
-    ghost = planned.ghost
-    if ghost.atime is None or ghost.mtime is None:
-        return None
-    return ghost.atime * 1000, ghost.mtime * 1000

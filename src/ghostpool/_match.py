@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ghostpool._errors import GhostpoolError, MountNotFound, Overmounted
 from ghostpool._model import ImageMount, Images, MntId, NsId, RegFile
 from ghostpool._mountinfo import LiveMount, MountTable
+from ghostpool._paths import is_below, join, relative_to, text
 from ghostpool._targets import Target
 
 
@@ -38,21 +39,6 @@ class Site:
     def path(self) -> bytes:
         """Directory of the name inside the file system, as components joined by "/"."""
         return join(self.mount.root.strip(b"/"), self.directory)
-
-
-def join(above: bytes, below: bytes) -> bytes:
-    """Two relative paths as one; b"" is the directory itself."""
-    return above + b"/" + below if above and below else above or below
-
-
-def is_below(path: bytes, root: bytes) -> bool:
-    """Component-wise: `path` is `root` or inside it (both relative to the same directory)."""
-    return not root or path == root or path.startswith(root + b"/")
-
-
-def relative_to(path: bytes, root: bytes) -> bytes:
-    """`path` as seen from `root`, which must hold it."""
-    return path[len(root) + 1 :] if root else path
 
 
 class Matcher:
@@ -140,11 +126,3 @@ def _site(namespace: Namespace, live: LiveMount, name: bytes, mountpoint: bytes)
         )
     directory, _, last = inside.rpartition(b"/")
     return Site(namespace, live, directory, last)
-
-
-def text(path: bytes) -> str:
-    """A path for people: what is not printable, or not UTF-8, as backslash escapes."""
-    shown = path.decode(errors="backslashreplace")
-    if shown.isprintable():
-        return shown
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)

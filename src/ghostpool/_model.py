@@ -23,6 +23,17 @@ Pid = NewType("Pid", int)
 MountHandle = NewType("MountHandle", int)
 """Number under which coordinator and workers speak of one mount descriptor."""
 
+
+def service_of(handle: MountHandle) -> MountHandle:
+    """The handle of the private clone of a mount; live ones are even."""
+    return MountHandle(handle | 1)
+
+
+def live_of(handle: int) -> MountHandle:
+    """The handle of the mount itself, given either of its two."""
+    return MountHandle(handle & ~1)
+
+
 HOST_NS = NsId(0)
 """Stands for the mount namespace of images that were dumped without one of their own."""
 

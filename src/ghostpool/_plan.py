@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ghostpool._buildspec import SHARED_BY_KERNEL
@@ -29,9 +29,21 @@ from ghostpool._errors import (
     UnsupportedError,
 )
 from ghostpool._linux import Attr
-from ghostpool._match import Matcher, Namespace, Site, is_below, join, relative_to, text
-from ghostpool._model import Ghost, GhostId, Images, MountHandle, NsId, RegFile, RegId, Remap, Task
+from ghostpool._match import Matcher, Namespace, Site
+from ghostpool._model import (
+    Ghost,
+    GhostId,
+    Images,
+    MountHandle,
+    NsId,
+    RegFile,
+    RegId,
+    Remap,
+    Task,
+    service_of,
+)
 from ghostpool._mountinfo import LiveMount
+from ghostpool._paths import is_below, join, relative_to, text
 from ghostpool._protocol import Look
 
 ALTERNATIVE = b".cr_link"
@@ -87,7 +99,12 @@ class PlannedMount:
     @property
     def service(self) -> MountHandle:
         """The side for creating and cleaning."""
-        return MountHandle(self.handle + 1) if self.clone else self.handle
+        return service_of(self.handle) if self.clone else self.handle
+
+    @property
+    def root(self) -> bytes:
+        """What of the file system is mounted: a path inside it."""
+        return self.mount.root.strip(b"/")
 
     @property
     def label(self) -> str:
@@ -121,6 +138,28 @@ class PlannedGhost:
     """A directory ghost only: the old name, to which it is moved at once."""
     group: tuple[int, int]
     """Identity of `directory`: all work in one directory is one worker's."""
+
+    @property
+    def place(self) -> bytes:
+        """`directory` inside the file system."""
+        return join(self.mount.root, self.directory)
+
+    @property
+    def final_directory(self) -> bytes:
+        """A directory ghost only: where it is moved to, relative to the mount's root."""
+        return join(self.directory, b"/".join(self.parents))
+
+    @property
+    def depth(self) -> int:
+        """Components above the final name: outer directories have a smaller one."""
+        return len([c for c in self.final_directory.split(b"/") if c])
+
+    @property
+    def times_ns(self) -> tuple[int, int] | None:
+        """Access and modification time in nanoseconds, if the image has them."""
+        if self.ghost.atime is None or self.ghost.mtime is None:
+            return None
+        return self.ghost.atime * 1000, self.ghost.mtime * 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -463,13 +502,13 @@ class Planner:
 
     def _common_root(self, openings: Sequence[Opening]) -> bytes | None:
         """The deepest of the mounts' roots, if all the others hold it."""
-        roots = {o.mount.mount.root.strip(b"/") for o in openings}
+        roots = {o.mount.root for o in openings}
         deepest = max(roots, key=len)
         return deepest if all(is_below(deepest, root) for root in roots) else None
 
     def _find_base(self, openings: Sequence[Opening]) -> tuple[Namespace, LiveMount] | None:
         device = openings[0].mount.mount.device
-        roots = {o.mount.mount.root.strip(b"/") for o in openings}
+        roots = {o.mount.root for o in openings}
         for namespace in self._namespaces.values():
             for mount in namespace.table:
                 if (
@@ -508,8 +547,8 @@ class Planner:
                     "namespaces holds both: " + ", ".join(sorted({o.mount.label for o in openings}))
                 )
             mount = self._planned(*base)
-            inside = join(first.mount.mount.root.strip(b"/"), directory)
-            directory = relative_to(inside, mount.mount.root.strip(b"/"))
+            inside = join(first.mount.root, directory)
+            directory = relative_to(inside, mount.root)
         ghost = openings[0].ghost
         final: tuple[bytes, ...] = ()
         parents: tuple[bytes, ...] = ()
@@ -536,7 +575,7 @@ class Planner:
         for opening in openings:
             seen = self._seen(opening, looks)
             existing = opening.site.directory.split(b"/")[: seen[0].existing]
-            path = join(opening.mount.mount.root.strip(b"/"), b"/".join(existing))
+            path = join(opening.mount.root, b"/".join(existing))
             if root is None or is_below(path, root):
                 return opening, seen
         # None of the names lies in the deepest mount's subtree but that mount's own.
@@ -569,12 +608,12 @@ class Planner:
     ) -> PlannedOpen:
         placed = self._plan.ghosts[opening.ghost.id]
         look, taken, taken_alternative = self._seen(opening, looks)
-        own_root = opening.mount.mount.root.strip(b"/")
-        place = join(placed.mount.mount.root.strip(b"/"), placed.directory)
+        own_root = opening.mount.root
+        place = join(placed.mount.root, placed.directory)
         if is_below(place, own_root):
             link, link_root = opening.mount.handle, own_root
         else:
-            link, link_root = placed.mount.service, placed.mount.mount.root.strip(b"/")
+            link, link_root = placed.mount.service, placed.mount.root
         components = opening.site.directory.split(b"/") if opening.site.directory else []
         names = placed.final or self._names(opening, taken, taken_alternative)
         return PlannedOpen(
@@ -585,30 +624,3 @@ class Planner:
             missing=len(components) - look.existing,
             group=(look.device, look.inode),
         )
-
-
-def assign_slots(
-    weights: Iterable[tuple[tuple[int, int], int, int]], jobs: int
-) -> dict[tuple[int, int], int]:
-    """Spread directories over worker slots: group to slot.
-
-    `weights`: for each piece of work its directory, its target's index and its cost. A directory
-    belongs to one slot (several workers in one directory wait for its lock, and could meet each
-    other's names); the heaviest go first, each to the slot with the least, and among equals to one
-    that serves the same namespace already.
-    """
-    totals: dict[tuple[int, int], int] = {}
-    targets: dict[tuple[int, int], int] = {}
-    for group, target, cost in weights:
-        totals[group] = totals.get(group, 0) + cost
-        targets.setdefault(group, target)
-    load = [0] * max(1, min(jobs, len(totals)))
-    serves: list[set[int]] = [set() for _ in load]
-    slots: dict[tuple[int, int], int] = {}
-    for group in sorted(totals, key=lambda g: (-totals[g], g)):
-        target = targets[group]
-        slot = min(range(len(load)), key=lambda s: (load[s], target not in serves[s], s))
-        slots[group] = slot
-        load[slot] += totals[group]
-        serves[slot].add(target)
-    return slots

@@ -13,11 +13,11 @@ import stat
 from collections.abc import Iterable
 from typing import Final, Literal
 
-from ._errors import ImageError, UnsupportedError
-from ._filetable import FileTable
-from ._ghostfile import ghost_file_name, read_ghost
-from ._imagefile import ImageDirectory
-from ._model import Ghost, GhostId, ImageMount, NsId, RegId, Remap
+from ghostpool._errors import ImageError, UnsupportedError
+from ghostpool._filetable import FileTable
+from ghostpool._ghostfile import ghost_file_name, read_ghost
+from ghostpool._imagefile import ImageDirectory
+from ghostpool._model import Ghost, GhostId, ImageMount, NsId, RegId, Remap
 
 _KINDS: Final[dict[int, Literal["linked", "ghost", "procfs"]]] = {
     0: "linked",

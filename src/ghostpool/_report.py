@@ -8,8 +8,8 @@ from typing import Any
 
 from ghostpool._errors import GhostpoolError, leaves
 from ghostpool._lease import MountUsage
-from ghostpool._match import text
 from ghostpool._model import MountHandle
+from ghostpool._paths import text
 from ghostpool._plan import Plan, PlannedMount
 
 SCHEMA = 1

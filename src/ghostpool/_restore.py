@@ -29,23 +29,14 @@ from ghostpool._errors import (
     leaves,
 )
 from ghostpool._lease import MountLeases, MountUsage
-from ghostpool._ledger import (
-    Ledger,
-    final_directory,
-    place_of,
-    seen_from,
-    times_ns,
-)
-from ghostpool._match import join, relative_to, text
+from ghostpool._ledger import Ledger
+from ghostpool._mend import kernel_error, mend_command
 from ghostpool._model import MountHandle, RegId
-from ghostpool._plan import Plan, PlannedGhost, PlannedOpen, PlannedTask, assign_slots
-from ghostpool._pool import (
-    PoolMounts,
-    WorkerFailure,
-    WorkerPool,
-    kernel_error,
-    mend_command,
-)
+from ghostpool._mountkernel import PoolMounts
+from ghostpool._paths import join, relative_to, text
+from ghostpool._plan import Plan, PlannedGhost, PlannedOpen, PlannedTask
+from ghostpool._pool import WorkerPool
+from ghostpool._process import WorkerFailure
 from ghostpool._protocol import (
     Created,
     CreateOp,
@@ -55,6 +46,7 @@ from ghostpool._protocol import (
     Placed,
     PlaceOp,
 )
+from ghostpool._slots import assign_slots
 
 log = logging.getLogger("ghostpool")
 REVERT_S = 60.0
@@ -201,7 +193,7 @@ class Restoration:
         for batch in _batches(ghosts, _CREATE_BATCH, _content, _CREATE_BYTES):
             await self._create_batch(slot, batch)
         # An outer directory has its name before an inner one is moved into it.
-        directories = sorted((g for g in ghosts if g.final), key=_depth)
+        directories = sorted((g for g in ghosts if g.final), key=lambda g: g.depth)
         for planned in directories:
             await self._place(slot, planned)
 
@@ -237,7 +229,7 @@ class Restoration:
             mode=ghost.mode,
             uid=os.geteuid() if self._own_owner else ghost.uid,
             gid=os.getegid() if self._own_owner else ghost.gid,
-            times=times_ns(planned),
+            times=planned.times_ns,
             rdev=ghost.rdev or 0,
             target=ghost.target or b"",
             image=os.fsencode(ghost.file),
@@ -342,13 +334,13 @@ class Restoration:
         )
         if placed.final:
             # Directories have their name already, and it is found inside the file system.
-            place = join(placed.mount.mount.root.strip(b"/"), final_directory(placed))
+            place = join(placed.mount.root, placed.final_directory)
             return operation._replace(
-                live_directory=seen_from(place, opening.mount),
+                live_directory=relative_to(place, opening.mount.root),
                 names=(self._ledger.final_name(opening.ghost.id),),
             )
         return operation._replace(
-            temp_directory=relative_to(place_of(placed), planned.link_root),
+            temp_directory=relative_to(placed.place, planned.link_root),
             temp_name=placed.name,
             link_directory=relative_to(opening.site.path, planned.link_root),
         )
@@ -431,10 +423,6 @@ def first_cause(error: BaseException) -> BaseException:
     if real:
         return next((e for e in real if isinstance(e, GhostpoolError)), real[0])
     return causes[0] if causes else found[0]
-
-
-def _depth(planned: PlannedGhost) -> int:
-    return planned.directory.count(b"/") + len(planned.parents) + bool(planned.directory)
 
 
 def _content(planned: PlannedGhost) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from ._errors import ImageError
+from ghostpool._errors import ImageError
 
 # "<number> <r required, o optional, * repeated> <type> <name>", comma-separated. Sub-messages
 # that nothing reads stay undeclared, even where CRIU itself requires them (reg: fown).

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ghostpool._match import text
+from ghostpool._paths import text
 from ghostpool._plan import Plan
 
 

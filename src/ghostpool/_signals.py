@@ -1,14 +1,17 @@
 """Ending a run by a signal or by its time limit, with everything undone.
 
 The signals are received until the very end: a second Ctrl-C, which would find Python's own
-handler otherwise, can not skip the undoing that the first one began.
+handler otherwise, can not skip the undoing that the first one began. Nor may one meet the event
+loop's own code while that starts or ends: KeyboardInterrupt there is an internal error of trio.
 """
 
 from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import anyio
 
@@ -18,6 +21,22 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def _not_ignored() -> list[signal.Signals]:
     """nohup(1) and shells ignore a signal for their children: then it is not ours to act on."""
     return [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+@contextmanager
+def signals_kept() -> Iterator[list[signal.Signals]]:
+    """Note the signals instead of raising for them; put around the whole run of the event loop."""
+    kept: list[signal.Signals] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        kept.append(signal.Signals(number))
+
+    previous = {number: signal.signal(number, note) for number in _not_ignored()}
+    try:
+        yield kept
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class TimedOut(Exception):
@@ -32,10 +51,14 @@ class Interrupted(Exception):
         super().__init__(number.name)
 
 
-async def until_interrupted(story: Callable[[], Awaitable[None]], limit_s: float | None) -> None:
+async def until_interrupted(
+    story: Callable[[], Awaitable[None]],
+    limit_s: float | None,
+    kept: Sequence[signal.Signals] = (),
+) -> None:
     """Await `story`; Interrupted after a signal, TimedOut after `limit_s` seconds.
 
-    Errors of the story come out as they are, also when a signal came while it was failing.
+    `kept` are signals that came before this was called; see `signals_kept`. Errors of the story come out as they are, also when a signal came while it was failing.
     """
     received: list[signal.Signals] = []
     deadline = anyio.current_time() + (math.inf if limit_s is None else limit_s)
@@ -50,6 +73,9 @@ async def until_interrupted(story: Callable[[], Awaitable[None]], limit_s: float
                         scope.cancel()
 
                 group.start_soon(watch)
+                if kept:
+                    received.extend(kept)
+                    scope.cancel()
                 error: Exception | None = None
                 try:
                     with scope:

@@ -15,11 +15,13 @@ from typing import Any, TypeVar
 import anyio
 
 from ghostpool._errors import MountNotFound, Overmounted, PlanError, leaves
-from ghostpool._match import Namespace, text
+from ghostpool._match import Namespace
 from ghostpool._model import Images, MountHandle, NsId
 from ghostpool._mountinfo import MountTable
+from ghostpool._paths import text
 from ghostpool._plan import Plan, PlannedMount, Planner, Policy
-from ghostpool._pool import WorkerFailure, WorkerPool
+from ghostpool._pool import WorkerPool
+from ghostpool._process import WorkerFailure
 from ghostpool._protocol import Failure, Look, MountFacts
 from ghostpool._targets import Target
 

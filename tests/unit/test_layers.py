@@ -16,18 +16,20 @@ LAYERS = [
     "_demo _fetch _serve",
     "_deliver _show",
     "_run",
-    "_report _restore _signals _survey",
-    "_ledger",
-    "_pool",
-    "testing",
+    "_report _restore _signals",
+    "_survey",
+    "_ledger _mountkernel",
+    "_mend _pool testing",
     "_barrier _lease _plan",
-    "_lease_table",
+    "_lease_table _slots",
     "_match _sandbox",
     "_images _process _targets _userns",
-    "_ghostfile _imagemounts _remaps",
-    "_filetable",
-    "_imagefile _launch _schema",
-    "_model",
+    "_remaps",
+    "_filetable _ghostfile",
+    "_imagemounts",
+    "_imagefile _launch",
+    "_schema",
+    "_model _paths",
     "_forkserver",
     "_build _descriptors _worker",
     "_buildfiles _protocol",
@@ -42,6 +44,7 @@ def imports_of(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
+            assert node.level == 0, f"{path.name}: relative import"
             if node.module == "ghostpool":
                 found |= {alias.name for alias in node.names if alias.name.startswith("_")}
             elif node.module.startswith("ghostpool."):

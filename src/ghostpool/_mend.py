@@ -1,0 +1,56 @@
+"""What the user is told: a failed system call with its mount named, and commands that mend.
+
+The commands run programs of the caller, never of the container whose namespace they act in.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+
+from ghostpool._errors import KernelError
+from ghostpool._model import MountHandle, live_of
+from ghostpool._plan import PlannedMount
+from ghostpool._protocol import Failure
+
+_NOTHING = "nothing: the namespace was rebuilt for this run and ends with it"
+
+
+def kernel_error(
+    failure: Failure, mounts: Mapping[MountHandle, PlannedMount], advice: str | None = None
+) -> KernelError:
+    """A worker's failure with the mount and namespace named."""
+    planned = mounts.get(live_of(failure.mount))
+    return KernelError(
+        failure.errno,
+        failure.step,
+        failure.path.decode(errors="backslashreplace") or "the mount itself",
+        mount=planned.mount.mountpoint.decode(errors="backslashreplace") if planned else None,
+        namespace=planned.namespace.target.label if planned else None,
+        advice=advice,
+    )
+
+
+def mend_command(planned: PlannedMount) -> str:
+    """What a user runs to make a mount read-only again, with every other flag restated."""
+    enter = planned.namespace.target.enter
+    if enter is None:
+        return _NOTHING
+    options = ",".join(["remount", "bind", "ro", *planned.mount.options()[1:]])
+    return f"mount -N {enter} -o {options} {_quoted(planned.mount.mountpoint)}"
+
+
+def remove_command(planned: PlannedMount, path: bytes, is_directory: bool) -> str:
+    """What a user runs to remove a name that was left, given by its path inside the mount."""
+    enter = planned.namespace.target.enter
+    if enter is None:
+        return _NOTHING
+    tool = "rmdir" if is_directory else "rm -f"
+    inside = planned.mount.mountpoint.rstrip(b"/") + b"/" + path
+    if enter.isdecimal():
+        return f"{tool} {_quoted(b'/proc/' + enter.encode() + b'/root' + inside)}"
+    return f"nsenter --mount={shlex.quote(enter)} {tool} {_quoted(inside)}"
+
+
+def _quoted(path: bytes) -> str:
+    return shlex.quote(path.decode(errors="surrogateescape"))

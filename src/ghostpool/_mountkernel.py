@@ -1,0 +1,137 @@
+"""The kernel side of leases: workers change the read-only bit of live mounts, a batch at a time."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Mapping, Sequence
+
+import anyio
+
+from ghostpool._errors import KernelError, RevertError, WorkerDied
+from ghostpool._mend import kernel_error, mend_command
+from ghostpool._model import MountHandle
+from ghostpool._plan import PlannedMount
+from ghostpool._pool import WorkerPool
+from ghostpool._process import WorkerFailure
+from ghostpool._protocol import Failure
+
+log = logging.getLogger("ghostpool")
+BUSY_S = 2.0
+"""How long a revert that meets EBUSY is tried again: a lookup or an unlink in flight is over
+after microseconds, an open file is not."""
+
+
+class PoolMounts:
+    """The kernel side of leases: workers change the read-only bit of live mounts.
+
+    Implements MountKernel over mount handles.
+    """
+
+    def __init__(self, pool: WorkerPool, mounts: Mapping[MountHandle, PlannedMount]) -> None:
+        self._pool = pool
+        self._mounts = mounts
+        self.identities: dict[MountHandle, int] = {}
+        """Unique id (or mnt_id, before Linux 6.8) that each mount had when it was found."""
+        self.writable_attributes: dict[MountHandle, int] = {}
+        """What the kernel said of each mount right after it was made writable."""
+        self._found_writable: set[MountHandle] = set()
+        """Mounts that were writable when they were leased: never to be made read-only."""
+
+    def _by_target(self, mounts: Sequence[MountHandle]) -> dict[int, list[MountHandle]]:
+        targets: dict[int, list[MountHandle]] = {}
+        for handle in mounts:
+            targets.setdefault(self._mounts[handle].namespace.target.index, []).append(handle)
+        return targets
+
+    async def make_writable(self, mounts: Sequence[MountHandle]) -> Sequence[bool | Exception]:
+        """Clear the read-only bit of each; see MountKernel."""
+        results: dict[MountHandle, bool | Exception] = {}
+        for handle in mounts:
+            log.debug("make writable: %s", self._mounts[handle].label)
+        for target, handles in self._by_target(mounts).items():
+            request = [(handle, self.identities[handle]) for handle in handles]
+            try:
+                answers, _ = await self._pool.call(
+                    target % self._pool.jobs,
+                    "make_writable",
+                    request,
+                    target=target,
+                    mounts=handles,
+                )
+            except WorkerFailure as error:  # the namespace could not be entered
+                raise kernel_error(error.failure, self._mounts) from error
+            for handle, (changed, *rest) in zip(handles, answers, strict=True):
+                if changed is None:
+                    results[handle] = self._error(handle, *rest)
+                else:
+                    results[handle] = changed
+                    if not changed:
+                        self._found_writable.add(handle)
+                    self.writable_attributes[handle] = rest[0]
+        return [results[handle] for handle in mounts]
+
+    def _error(self, handle: MountHandle, code: int, step: str) -> KernelError:
+        advice = {
+            errno.ESTALE: "another mount is there since the plan was made",
+            errno.EINVAL: "the mount was taken off since the plan was made",
+            errno.EPERM: "its read-only flag is locked in this mount namespace",
+            errno.EROFS: "its superblock became read-only since the plan was made",
+        }.get(code)
+        return kernel_error(Failure(0, code, step, b"", handle), self._mounts, advice)
+
+    async def make_read_only(self, mounts: Sequence[MountHandle]) -> Sequence[Exception | None]:
+        """Set the read-only bit of each again, waiting a moment for busy ones."""
+        results: dict[MountHandle, Exception | None] = {}
+        for handle in mounts:
+            log.debug("back to read-only: %s", self._mounts[handle].label)
+        ours = [handle for handle in mounts if handle not in self._found_writable]
+        results.update((handle, None) for handle in self._found_writable.intersection(mounts))
+        for target, handles in self._by_target(ours).items():
+            try:
+                answers = await self._revert(target, handles)
+            except (WorkerDied, WorkerFailure) as error:
+                results.update((handle, self._not_reverted(handle, error)) for handle in handles)
+                continue
+            for handle, answer in answers.items():
+                results[handle] = None if answer is None else self._revert_error(handle, *answer)
+        return [results[handle] for handle in mounts]
+
+    async def _revert(
+        self, target: int, handles: list[MountHandle]
+    ) -> dict[MountHandle, tuple[int, str] | None]:
+        results: dict[MountHandle, tuple[int, str] | None] = {}
+        pause = 0.001
+        give_up = anyio.current_time() + BUSY_S
+        while handles:
+            answers, _ = await self._pool.insist(
+                target % self._pool.jobs, "make_read_only", handles, target=target, mounts=handles
+            )
+            results.update(zip(handles, answers, strict=True))
+            handles = [
+                handle
+                for handle in handles
+                if (answer := results[handle]) is not None and answer[0] == errno.EBUSY
+            ]
+            if anyio.current_time() >= give_up:
+                break
+            if handles:
+                await anyio.sleep(pause)
+                pause = min(2 * pause, 0.1)
+        return results
+
+    def _not_reverted(self, handle: MountHandle, error: Exception) -> RevertError:
+        planned = self._mounts[handle]
+        problem = f"{planned.label} may still be writable: {error}"
+        return RevertError(problem, mend_command(planned))
+
+    def _revert_error(self, handle: MountHandle, code: int, step: str) -> Exception | None:
+        planned = self._mounts[handle]
+        if code in (errno.EINVAL, errno.ENOENT):
+            return None  # taken off meanwhile: there is nothing left to put back
+        reason = "somebody has a file open for writing on it" if code == errno.EBUSY else ""
+        problem = f"{planned.label} stays writable: {step}: {os.strerror(code)}"
+        if reason:
+            problem += f" ({reason})"
+        return RevertError(problem, mend_command(planned))

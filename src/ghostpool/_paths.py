@@ -1,0 +1,29 @@
+"""Relative paths as bytes, and paths as text for people; pure.
+
+Paths inside a mount or a file system have no leading "/"; b"" is the directory itself.
+"""
+
+from __future__ import annotations
+
+
+def join(above: bytes, below: bytes) -> bytes:
+    """Two relative paths as one; b"" is the directory itself."""
+    return above + b"/" + below if above and below else above or below
+
+
+def is_below(path: bytes, root: bytes) -> bool:
+    """Component-wise: `path` is `root` or inside it (both relative to the same directory)."""
+    return not root or path == root or path.startswith(root + b"/")
+
+
+def relative_to(path: bytes, root: bytes) -> bytes:
+    """`path` as seen from `root`, which must hold it."""
+    return path[len(root) + 1 :] if root else path
+
+
+def text(path: bytes) -> str:
+    """A path for people: what is not printable, or not UTF-8, as backslash escapes."""
+    shown = path.decode(errors="backslashreplace")
+    if shown.isprintable():
+        return shown
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
