@@ -84,23 +84,19 @@ class Ledger:
         """The worker answered: the name and its parents are gone (or are to be kept)."""
         self._links.pop(planned.opening.file.id, None)
 
-    def keep_names(self) -> None:
-        """Everything succeeded and the old names are to stay: only temporaries are owed now."""
+    def settle(self) -> None:
+        """Everything succeeded: what is still there is to stay."""
         self._links.clear()
-        self._temporaries = {
-            key: temporary
-            for key, temporary in self._temporaries.items()
-            if not temporary.planned.final
-        }
+        self._temporaries.clear()
 
-    async def clear(self) -> list[str]:
+    async def clear(self, keep: bool = False) -> list[str]:
         """Take all names away, last made first; what was left and why, for people.
 
-        RevertError for a name that resists; all others are gone then. Every slot works on its
-        own directories at once.
+        `keep` leaves the old names alone, which stay owed until `settle`. RevertError for a name
+        that resists; all others are gone then. Every slot works on its own directories at once.
         """
         by_slot: dict[int, list[tuple[int, RemoveOp]]] = {}
-        for planned, slot in reversed(self._links.values()):
+        for planned, slot in () if keep else reversed(self._links.values()):
             target = planned.opening.mount.namespace.target.index
             by_slot.setdefault(slot, []).extend((target, op) for op in self._link_ops(planned))
         # Directories last, the innermost first: files lie in them, and they in one another.
@@ -109,6 +105,8 @@ class Ledger:
             key=lambda t: (bool(t.planned.final), -t.planned.depth),
         )
         for temporary in temporaries:
+            if keep and temporary.planned.final:
+                continue
             target = temporary.planned.mount.namespace.target.index
             operations = by_slot.setdefault(temporary.slot, [])
             operations += [(target, operation) for operation in _temporary_ops(temporary)]
@@ -119,8 +117,8 @@ class Ledger:
                 group.start_soon(self._clear_slot, slot, operations, left, errors)
         if errors:
             raise errors[0] if len(errors) == 1 else ExceptionGroup("names are left", errors)
-        self._links.clear()
-        self._temporaries.clear()
+        if not keep:
+            self.settle()
         return left
 
     async def _clear_slot(

@@ -172,6 +172,8 @@ class Restoration:
             await self._open()
             await self._clean()
             self._verify()
+            # Only now are names that are to be kept no longer owed.
+            self._ledger.settle()
         except BaseException as error:
             await self._undo(error)
             raise
@@ -353,9 +355,7 @@ class Restoration:
     # -- after the barrier ----------------------------------------------------------------------
 
     async def _clean(self) -> None:
-        if self._keep:
-            self._ledger.keep_names()
-        self.restored.left += await self._ledger.clear()
+        self.restored.left += await self._ledger.clear(keep=self._keep)
         self._progress("clean", 1)
 
     def _verify(self) -> None:

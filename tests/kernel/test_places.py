@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +19,15 @@ import pytest
 
 from ghostpool import _run
 from ghostpool._buildspec import MountSpec, NamespaceSpec, Node
-from ghostpool._errors import PlanError
+from ghostpool._errors import PlanError, VerificationError
 from ghostpool._launch import launch
 from ghostpool._linux import Attr
 from ghostpool._model import NsId
 from ghostpool._plan import Policy
 from ghostpool._report import Report
-from ghostpool._restore import Restored
+from ghostpool._restore import Restoration, Restored
 from tests.support.imagewriter import ImageSet
-from tests.support.namespaces import built
+from tests.support.namespaces import built, inside
 from tests.support.restore import look
 
 pytestmark = pytest.mark.needs_mount_ns
@@ -292,3 +293,95 @@ def test_many_workers_in_many_directories(tmp_path: Path) -> None:
     assert {n: f.content for n, f in outcome.files.items()} == {n: b"%d" % n for n in range(3, 123)}
     assert outcome.report["workers"]["count"] == 6
     assert [m["made_writable"] for m in outcome.report["mounts"]] == [{"service": 1, "task": 1}]
+
+
+def run_failing_keep(images: Path, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """restore --keep that fails in its last step before success."""
+
+    def verify(self: Restoration) -> None:
+        raise VerificationError("on purpose")
+
+    monkeypatch.setattr(Restoration, "_verify", verify)
+    with pytest.raises(VerificationError, match="on purpose"):
+        restore(images, fd, policy=Policy(keep=True))
+
+
+def test_keep_that_fails_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names are kept only once everything has succeeded."""
+    images = images_of({"/data": "/"})
+    for number in range(3, 9):
+        images.open(1, number, f"/data/gone{number % 2}/f{number}", ghost=images.ghost(b"x"))
+    images.open(1, 9, "/data/dir", ghost=images.ghost(mode=0o40755), flags=O_DIRECTORY)
+    images.write(tmp_path)
+    with namespace(mount(2, "/data")) as fd:
+        run_failing_keep(tmp_path, fd, monkeypatch)
+
+
+def test_keep_with_several_opens_of_one_file(tmp_path: Path) -> None:
+    """The second open of a ghost finds the name that the first one gave it."""
+    images = images_of({"/data": "/"})
+    ghost = images.ghost(b"once")
+    for number in range(3, 6):
+        images.open(1, number, "/data/file", ghost=ghost)
+    images.open(1, 6, "/data/file", ghost=images.ghost(b"other"))
+    images.write(tmp_path)
+    with namespace(mount(2, "/data")) as fd, pytest.raises(AssertionError):
+        # The files stay: that is what `restore` here notices, after the restore.
+        restore(tmp_path, fd, policy=Policy(keep=True))
+    with namespace(mount(2, "/data")) as fd:
+        report = Report()
+
+        async def deliver(run: _run.Prepared, restored: Restored) -> None:
+            assert {see(f).link for f in restored.of_task(run.plan.tasks[0]).values()} == {
+                "/data/file",
+                "/data/file.cr_link",
+            }
+
+        request = _run.Request(
+            str(tmp_path), 2, namespaces={NsId(10): f"/proc/self/fd/{fd}"}, policy=Policy(keep=True)
+        )
+
+        async def story() -> None:
+            await _run.run_restore(request, launch(), report, deliver)
+
+        anyio.run(story, backend="trio")
+        names = {path for path in look(fd, "/").files if path.startswith("/data/")}
+        assert names == {"/data/file", "/data/file.cr_link"}
+
+
+def test_missing_directory_seen_through_two_mounts(tmp_path: Path) -> None:
+    """What one mount knows of a directory that came and went, another one must not believe."""
+    images = images_of({"/data/a": "/a", "/data/inner": "/a/inner"})
+    ghost = images.ghost(b"shared")
+    for number in range(3, 9):
+        point = ("/data/a/inner", "/data/inner")[number % 2]
+        mnt_id = None
+        if point == "/data/a/inner":
+            mnt_id = next(m.id for m in images._mounts if m.mountpoint == "/data/a")
+        images.open(1, number, f"{point}/gone/f{number}", ghost=ghost, mnt_id=mnt_id)
+    images.write(tmp_path)
+    with namespace(*tree(with_base=True)) as fd:
+        outcome = restore(tmp_path, fd, jobs=1)
+    assert {f.nlink for f in outcome.files.values()} == {0}
+    assert len({f.inode for f in outcome.files.values()}) == 1
+
+
+def test_modes_below_a_default_acl(tmp_path: Path) -> None:
+    """A default ACL changes the modes of what is made; the restored ones are the image's."""
+    images = images_of({"/data": "/"})
+    images.open_fifo(1, 3, "/data/acl/fifo", ghost=images.ghost(mode=0o10666))
+    images.open(1, 4, "/data/acl/file", ghost=images.ghost(b"x", mode=0o100666))
+    images.open(1, 5, "/data/acl/dir", ghost=images.ghost(mode=0o40777), flags=O_DIRECTORY)
+    images.write(tmp_path)
+
+    def set_acl() -> None:
+        # user::rwx, group::---, other::---: version, then (tag, permissions, id) of each.
+        entries = ((1, 7, 0xFFFFFFFF), (4, 0, 0xFFFFFFFF), (32, 0, 0xFFFFFFFF))
+        acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+        os.setxattr("/data/acl", "system.posix_acl_default", acl)
+
+    writable = mount(2, "/data", attributes=0, nodes=(directory("/data/acl"),))
+    with namespace(writable) as fd:
+        inside(fd, set_acl)
+        outcome = restore(tmp_path, fd)
+    assert sorted(outcome.files) == [3, 4, 5]
