@@ -48,6 +48,9 @@ class Matcher:
         self._images = images
         self._namespaces = namespaces
         self._mounts = {m.id: m for mounts in images.mounts.values() for m in mounts}
+        self._stacks: dict[tuple[NsId, bytes], list[ImageMount]] = {}
+        for mount in self._mounts.values():
+            self._stacks.setdefault((mount.namespace, mount.mountpoint), []).append(mount)
         self._live: dict[MntId, LiveMount | GhostpoolError] = {}
 
     def site(self, file: RegFile) -> Site:
@@ -82,11 +85,7 @@ class Matcher:
                 f"nothing is mounted on {where}, where the images have mount {mount.id} "
                 f"({mount.fstype or mount.source})"
             )
-        wanted = [
-            other
-            for other in self._images.mounts[mount.namespace]
-            if other.mountpoint == mount.mountpoint
-        ]
+        wanted = self._stacks[mount.namespace, mount.mountpoint]
         if len(wanted) == len(stack):
             live = stack[wanted.index(mount)]
         else:

@@ -95,26 +95,34 @@ class Survey:
         await self._clone(planner, [planned for planned in mounts if planned.mount.read_only])
 
     async def _clone(self, planner: Planner, mounts: list[PlannedMount]) -> None:
-        """Make the service side of read-only mounts; one at a time is refused, not the batch."""
-        for planned in mounts:
-            target = planned.namespace.target
-            if target.is_host or planned.mount.superblock_read_only:
-                continue  # refused already; the host's mounts are not even cloned
-            pair = [(planned.handle, planned.service)]
-            slot = self._slot(target)
-            try:
-                _, (fd,) = await self._pool.call(
-                    slot, "clone", pair, target=target.index, mounts=[planned.handle]
-                )
-            except WorkerFailure as error:
-                if error.failure.errno in (errno.EINVAL, errno.ENOSYS):
-                    # Unbindable, or Linux before 5.12: the mount's own lease does for both sides.
-                    planned.clone = False
-                else:
-                    planner.refuse(planned.label, _clone_error(error.failure))
-                continue
-            self._pool.mounts[planned.service] = fd
-            self._pool.learned(slot, [planned.service])
+        """Make the service side of read-only mounts of one namespace."""
+        # Those of the host and on read-only superblocks are refused already, and not even cloned.
+        mounts = [
+            planned
+            for planned in mounts
+            if not planned.namespace.target.is_host and not planned.mount.superblock_read_only
+        ]
+        if not mounts:
+            return
+        target = mounts[0].namespace.target
+        slot = self._slot(target)
+        answers, fds = await self._pool.call(
+            slot,
+            "clone",
+            [(planned.handle, planned.service) for planned in mounts],
+            target=target.index,
+            mounts=[planned.handle for planned in mounts],
+        )
+        taken = iter(fds)
+        for planned, failure in zip(mounts, answers, strict=True):
+            if failure is None:
+                self._pool.mounts[planned.service] = next(taken)
+                self._pool.learned(slot, [planned.service])
+            elif failure[0] in (errno.EINVAL, errno.ENOSYS):
+                # Unbindable, or Linux before 5.12: the mount's own lease does for both sides.
+                planned.clone = False
+            else:
+                planner.refuse(planned.label, _clone_error(*failure))
 
     async def _look(self, planner: Planner) -> dict[tuple[MountHandle, bytes], Look]:
         mounts = {planned.handle: planned for planned in planner.mounts}
@@ -188,12 +196,12 @@ def _mount_error(planned: PlannedMount, failure: Failure) -> PlanError:
     return PlanError(f"{planned.label}: {failure.step}: {os.strerror(failure.errno)}")
 
 
-def _clone_error(failure: Failure) -> PlanError:
-    if failure.errno == errno.EPERM:
+def _clone_error(code: int, step: str) -> PlanError:
+    if code == errno.EPERM:
         return PlanError(
             "its read-only flag is locked: it came into this mount namespace from one of another "
             "user namespace, and no caller can clear it there (mount_namespaces(7))"
         )
-    if failure.errno == errno.ENOSPC:
+    if code == errno.ENOSPC:
         return PlanError("no more mount namespaces are allowed: raise user.max_mnt_namespaces")
-    return PlanError(f"no writable clone of it: {failure.step}: {os.strerror(failure.errno)}")
+    return PlanError(f"no writable clone of it: {step}: {os.strerror(code)}")

@@ -178,24 +178,33 @@ class Worker:
                     return mount.attributes, mount.superblock_read_only
         raise OSError(errno.ENOENT, "the mount is gone")
 
-    def do_clone(self, out: list[int], handles: list[tuple[int, int]]) -> None:
+    def do_clone(self, out: list[int], handles: list[tuple[int, int]]) -> list[Any]:
         """A detached, private, writable clone of each mount: service writability.
 
         It vanishes with its last descriptor, so it never needs a revert, and nobody who is not
-        given the descriptor ever sees a writable mount.
+        given the descriptor ever sees a writable mount. Per mount None, and its descriptor goes
+        back; or errno and system call of a failure.
         """
-        for index, (live, service) in enumerate(handles):
+        results: list[Any] = []
+        for live, service in handles:
             step = "open_tree"
             try:
                 clone = _linux.open_tree(self._mounts[live], b"", _linux.OPEN_TREE_CLONE)
-                out.append(clone)
-                step = "mount_setattr"
-                if not self._mount_setattr:
-                    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-                _linux.mount_setattr(clone, attr_clr=Attr.RDONLY)
+                try:
+                    step = "mount_setattr"
+                    if not self._mount_setattr:
+                        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+                    _linux.mount_setattr(clone, attr_clr=Attr.RDONLY)
+                    self._mounts[service] = os.dup(clone)
+                except OSError:
+                    os.close(clone)
+                    raise
             except OSError as error:
-                raise _Failed(index, error.errno or 0, step, b"", live) from error
-            self._mounts[service] = os.dup(clone)
+                results.append((error.errno or errno.EIO, step))
+            else:
+                out.append(clone)
+                results.append(None)
+        return results
 
     def do_make_writable(self, out: list[int], handles: list[tuple[int, int]]) -> list[Any]:
         """Clear the read-only bit; per mount whether that changed it and what its attributes
