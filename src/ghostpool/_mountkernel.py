@@ -95,7 +95,10 @@ class PoolMounts:
                 results.update((handle, self._not_reverted(handle, error)) for handle in handles)
                 continue
             for handle, answer in answers.items():
-                results[handle] = None if answer is None else self._revert_error(handle, *answer)
+                if answer is None:
+                    results[handle] = None
+                else:
+                    results[handle] = await self._revert_error(handle, *answer)
         return [results[handle] for handle in mounts]
 
     async def _revert(
@@ -126,12 +129,18 @@ class PoolMounts:
         problem = f"{planned.label} may still be writable: {error}"
         return RevertError(problem, mend_command(planned))
 
-    def _revert_error(self, handle: MountHandle, code: int, step: str) -> Exception | None:
+    async def _revert_error(self, handle: MountHandle, code: int, step: str) -> Exception | None:
         planned = self._mounts[handle]
         if code in (errno.EINVAL, errno.ENOENT):
             return None  # taken off meanwhile: there is nothing left to put back
-        reason = "somebody has a file open for writing on it" if code == errno.EBUSY else ""
         problem = f"{planned.label} stays writable: {step}: {os.strerror(code)}"
-        if reason:
-            problem += f" ({reason})"
+        if code == errno.EBUSY:
+            problem += "; held for writing by " + await _describe_holders(planned.mount.mnt_id)
         return RevertError(problem, mend_command(planned))
+
+
+async def _describe_holders(mnt_id: int) -> str:
+    from ghostpool._holders import holders  # psutil, which only this needs
+
+    found = await anyio.to_thread.run_sync(holders, mnt_id)
+    return ", ".join(map(str, found)) or "nobody any more"

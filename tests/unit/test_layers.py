@@ -21,7 +21,7 @@ LAYERS = [
     "_ledger _mountkernel",
     "_mend _pool testing",
     "_barrier _lease _plan",
-    "_lease_table _slots",
+    "_holders _lease_table _slots",
     "_match _sandbox",
     "_images _process _targets _userns",
     "_remaps",
