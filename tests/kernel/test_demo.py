@@ -1,0 +1,99 @@
+"""The demonstration, as root and as an ordinary user."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ghostpool
+from ghostpool import _linux
+from tests.support.restore import entering, live, mount_tmpfs
+
+DEMO = (sys.executable, "-m", "ghostpool", "demo")
+
+
+def demo(directory: Path, *prefix: str) -> subprocess.CompletedProcess[str]:
+    """Run it in an empty directory, with its temporary files there."""
+    return subprocess.run(
+        [*prefix, *DEMO],
+        cwd=directory,
+        env={**os.environ, "TMPDIR": str(directory), "COLUMNS": "120"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.needs_mount_ns
+def test_as_root(tmp_path: Path) -> None:
+    done = demo(tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("/data/own3", "ro, noexec", "rw, noexec", "before", "during", "after", "window"):
+        assert word in done.stdout
+    assert "9 ghost files behind 13 descriptors" in done.stdout
+    assert "owners not compared" not in done.stdout
+    assert os.listdir(tmp_path) == []
+
+
+def let_everybody_reach(*paths: str) -> None:
+    """Make paths below directories that are closed to others reachable (in a private namespace).
+
+    A closed directory is covered by an open one that holds nothing but the way there.
+    """
+    wanted: dict[Path, set[Path]] = {}
+    for path in {Path(p).resolve() for p in paths}:
+        closed = [above for above in path.parents if not above.stat().st_mode & stat.S_IXOTH]
+        if closed:
+            wanted.setdefault(closed[-1], set()).add(path)
+    for directory, inside in wanted.items():
+        trees = {
+            path: _linux.open_tree(-1, os.fsencode(path), _linux.OPEN_TREE_CLONE) for path in inside
+        }
+        mount_tmpfs(directory)
+        for path, tree in trees.items():
+            path.mkdir(parents=True, exist_ok=True)
+            _linux.move_mount(tree, -1, os.fsencode(path))
+            os.close(tree)
+
+
+@pytest.mark.needs_mount_ns
+@pytest.mark.needs_userns
+def test_as_an_ordinary_user(tmp_path: Path) -> None:
+    """In a user namespace of its own, which maps one id."""
+    own = Path(ghostpool.__file__).parents[1]
+    os.chown(tmp_path, 65534, 65534)
+
+    def set_up() -> None:
+        let_everybody_reach(sys.base_prefix, sys.prefix, str(own))
+        mount_tmpfs(Path("/mnt"))
+        os.chmod("/mnt", 0o1777)
+
+    with live(set_up) as target:
+        setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
+        user = (setpriv, "--reuid", "65534", "--regid", "65534", "--clear-groups", "env")
+        left = ("sh", "-c", '"$@"; status=$?; ls -A /mnt >&2; exit $status', "sh")
+        done = demo(Path("/"), *entering(target), *user, "TMPDIR=/mnt", "HOME=/mnt", *left)
+    assert done.returncode == 0, done.stderr
+    assert "9 ghost files behind 13 descriptors" in done.stdout
+    assert "owners not compared" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.needs_userns
+def test_where_user_namespaces_are_forbidden(tmp_path: Path) -> None:
+    """One line that says what to do."""
+    inner = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
+    nested = ("unshare", "--user", "--map-root-user", "sh", "-c", inner, "sh")
+    done = demo(tmp_path, *nested, "setpriv", "--bounding-set", "-all", "--inh-caps", "-all")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "run the demo as root" in done.stderr
+    assert os.listdir(tmp_path) == []
