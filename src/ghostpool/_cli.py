@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from ghostpool._errors import GhostpoolError, PlanError, RestoreError, RevertError, leaves
+from ghostpool._signals import interrupted, note_only, raise_for_the_first
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -440,11 +440,14 @@ def demo() -> None:
 
 def main() -> NoReturn:
     """Entry point of the console script."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # Before and after the story they are a Ctrl-C too: a bound socket is taken away again.
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
-    status = exit_status_of_cli()
+    raise_for_the_first()
+    try:
+        status = exit_status_of_cli()
+        note_only()
+    except BaseException:
+        if not interrupted():
+            raise
+        status = EXIT_INTERRUPTED
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -152,6 +152,7 @@ def main(fd: int) -> None:
     for number in _IGNORED:
         # A Ctrl-C reaches the whole process group; who undoes things needs its workers then.
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     gc.collect()
     gc.freeze()
     try:

@@ -7,10 +7,13 @@ coordinator imports the rest on another (docs/design.md, D-005).
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import NamedTuple
 
 _BOOT = "import sys; sys.path.append({path!r}); from ghostpool import _forkserver as f; f.main(3)"
+
+BLOCKED_AT_START = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Launched(NamedTuple):
@@ -37,6 +40,10 @@ def launch() -> Launched:
         (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_RDWR, 0),
     ]
     argv = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _BOOT.format(path=package)]
-    pid = os.posix_spawn(sys.executable, argv, {}, file_actions=actions)
+    # A Ctrl-C goes to the whole process group. Blocked, it can not meet the fork server before
+    # that ignores it; the mask of the children is cleared there.
+    pid = os.posix_spawn(
+        sys.executable, argv, {}, file_actions=actions, setsigmask=BLOCKED_AT_START
+    )
     theirs.close()
     return Launched(pid, ours.detach())

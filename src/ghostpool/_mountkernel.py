@@ -36,8 +36,10 @@ class PoolMounts:
         """Unique id (or mnt_id, before Linux 6.8) that each mount had when it was found."""
         self.writable_attributes: dict[MountHandle, int] = {}
         """What the kernel said of each mount right after it was made writable."""
-        self._found_writable: set[MountHandle] = set()
-        """Mounts that were writable when they were leased: never to be made read-only."""
+        self._changed: set[MountHandle] = set()
+        """Mounts that we made writable and have not put back."""
+        self._found_writable = {handle for handle in mounts if not mounts[handle].mount.read_only}
+        """Mounts that somebody else made writable: never to be made read-only."""
 
     def _by_target(self, mounts: Sequence[MountHandle]) -> dict[int, list[MountHandle]]:
         targets: dict[int, list[MountHandle]] = {}
@@ -67,7 +69,10 @@ class PoolMounts:
                     results[handle] = self._error(handle, *rest)
                 else:
                     results[handle] = changed
-                    if not changed:
+                    if changed:
+                        self._changed.add(handle)
+                        self._found_writable.discard(handle)
+                    elif handle not in self._changed:
                         self._found_writable.add(handle)
                     self.writable_attributes[handle] = rest[0]
         return [results[handle] for handle in mounts]

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-
-import anyio
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -23,17 +21,52 @@ def _not_ignored() -> list[signal.Signals]:
     return [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
+_received: list[signal.Signals] = []
+"""What this process got so far."""
+
+
+def interrupted() -> bool:
+    """Whether a signal has come."""
+    return bool(_received)
+
+
+def _note(number: int, _: FrameType | None) -> None:
+    # Never SIG_IGN afterwards: Python complains of a signal that came just before that was set.
+    _received.append(signal.Signals(number))
+
+
+def _raise_for_the_first(number: int, frame: FrameType | None) -> None:
+    _note(number, frame)
+    if len(_received) == 1:
+        raise KeyboardInterrupt
+
+
+def raise_for_the_first() -> None:
+    """Before and after the event loop: the first of the signals is a KeyboardInterrupt.
+
+    Further ones are only noted, so that they can not disturb what the first one set off. Code
+    that is interrupted (a class being made, an import) may turn it into an error of its own, or
+    drop it: `interrupted` tells, and so does `signals_kept`.
+    """
+    for number in _not_ignored():
+        signal.signal(number, _raise_for_the_first)
+
+
+def note_only() -> None:
+    """From here on nothing is to be interrupted any more."""
+    for number in _not_ignored():
+        signal.signal(number, _note)
+
+
 @contextmanager
 def signals_kept() -> Iterator[list[signal.Signals]]:
-    """Note the signals instead of raising for them; put around the whole run of the event loop."""
-    kept: list[signal.Signals] = []
+    """Note the signals instead of raising for them; put around the whole run of the event loop.
 
-    def note(number: int, _: FrameType | None) -> None:
-        kept.append(signal.Signals(number))
-
-    previous = {number: signal.signal(number, note) for number in _not_ignored()}
+    The list holds those that came before too.
+    """
+    previous = {number: signal.signal(number, _note) for number in _not_ignored()}
     try:
-        yield kept
+        yield _received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -52,15 +85,15 @@ class Interrupted(Exception):
 
 
 async def until_interrupted(
-    story: Callable[[], Awaitable[None]],
-    limit_s: float | None,
-    kept: Sequence[signal.Signals] = (),
+    story: Callable[[], Awaitable[None]], limit_s: float | None, kept: list[signal.Signals]
 ) -> None:
     """Await `story`; Interrupted after a signal, TimedOut after `limit_s` seconds.
 
-    `kept` are signals that came before this was called; see `signals_kept`. Errors of the story come out as they are, also when a signal came while it was failing.
+    `kept` comes from `signals_kept`, and gets the signals of this time too. Errors of the story
+    come out as they are, also when a signal came while it was failing.
     """
-    received: list[signal.Signals] = []
+    import anyio
+
     deadline = anyio.current_time() + (math.inf if limit_s is None else limit_s)
     with anyio.CancelScope(shield=True):
         with anyio.open_signal_receiver(*_not_ignored()) as signals:
@@ -69,12 +102,11 @@ async def until_interrupted(
 
                 async def watch() -> None:
                     async for number in signals:
-                        received.append(number)
+                        kept.append(number)
                         scope.cancel()
 
                 group.start_soon(watch)
                 if kept:
-                    received.extend(kept)
                     scope.cancel()
                 error: Exception | None = None
                 try:
@@ -85,7 +117,7 @@ async def until_interrupted(
                 group.cancel_scope.cancel()
     if error is not None:
         raise error
-    if received and scope.cancelled_caught:
-        raise Interrupted(received[0])
+    if kept and scope.cancelled_caught:
+        raise Interrupted(kept[0])
     if scope.cancelled_caught:
         raise TimedOut

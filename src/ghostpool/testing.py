@@ -31,7 +31,8 @@ class FakeKernel(Generic[M]):
 
     `mounts` maps each mount to its attributes, or lists mounts that are read-only. `hook`, if
     given, is awaited at the start and at the end of every call, and may sequence it, hang, be
-    cancelled or raise (as a worker that dies does).
+    cancelled or raise (as a worker that dies does). A mount that is taken out of `flags` was
+    unmounted.
     """
 
     def __init__(self, mounts: Mapping[M, int] | Iterable[M], hook: Hook[M] | None = None) -> None:
@@ -78,6 +79,9 @@ class FakeKernel(Generic[M]):
         await self._enter("make_read_only", mounts)
         answer: list[Exception | None] = []
         for mount in mounts:
+            if mount not in self.flags:  # taken off: there is nothing left to put back
+                answer.append(None)
+                continue
             failure = self._failure("make_read_only", mount)
             answer.append(failure)
             if failure is None and self.is_writable(mount) and self._found[mount] & _RDONLY:
