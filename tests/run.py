@@ -26,7 +26,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNNER = os.path.join(ROOT, ".tox", ".runner")
 OLDEST = (3, 11)
 TOX = "tox>=4.30"
-STATIC = ["lint", "typing", "docs", "wheel"]
+STATIC = ["lint", "typing", "docs", "wheel", "long"]
 
 # Command that a test needs -> the Debian package it is in.
 TOOLS = {"strace": "strace", "mkfs.ext4": "e2fsprogs", "mount": "mount", "unshare": "util-linux"}

@@ -221,9 +221,7 @@ def _tasks(
             tables[files_id] = _descriptors(source, files_id, files, absent)
             unused.difference_update(row.reg_id for row in tables[files_id])
         holders = tuple(
-            holder
-            for holder in _holders(source, Pid(task.pid), files, absent)
-            if holder.reg_id in remapped
+            holder for holder in _holders(source, Pid(task.pid), files) if holder.reg_id in remapped
         )
         unused.difference_update(holder.reg_id for holder in holders)
         namespace = NsId(task.ids.mnt_ns_id) if own_mounts else HOST_NS
@@ -271,25 +269,20 @@ def _descriptors(
     return tuple(row for _, row in sorted(rows.items()) if row is not None)
 
 
-def _holders(
-    source: ImageDirectory, pid: Pid, files: FileTable, absent: list[str]
-) -> Iterable[Holder]:
+def _holders(source: ImageDirectory, pid: Pid, files: FileTable) -> Iterable[Holder]:
     fs, mm = f"fs-{pid}.img", f"mm-{pid}.img"
-    found: list[tuple[str, str, int]] = []
-    if fs in source.names:
-        entry = source.one(fs, "fs")
-        found += [(fs, "cwd", entry.cwd_id), (fs, "root", entry.root_id)]
-    else:
-        absent.append(fs)
-    if mm in source.names:
-        entry = source.one(mm, "mm")
-        found.append((mm, "exe", entry.exe_file_id))
-        for vma in entry.vmas:
-            # For any other status shmid is not an id of a file.
-            if vma.status & _VMA_FILE and not vma.status & (_VMA_MEMFD | _VMA_PLUGIN):
-                found.append((mm, f"map:{vma.start:x}-{vma.end:x}", vma.shmid))
-    else:
-        absent.append(mm)
+    # A dump writes both for every living task; without one, a ghost that is mapped or a working
+    # directory besides being open would lose that silently.
+    entry = source.one(fs, "fs")
+    found = [(fs, "cwd", entry.cwd_id), (fs, "root", entry.root_id)]
+    entry = source.one(mm, "mm")
+    found.append((mm, "exe", entry.exe_file_id))
+    # For any other status shmid is not an id of a file.
+    found += [
+        (mm, f"map:{vma.start:x}-{vma.end:x}", vma.shmid)
+        for vma in entry.vmas
+        if vma.status & _VMA_FILE and not vma.status & (_VMA_MEMFD | _VMA_PLUGIN)
+    ]
     for name, key, reg in found:
         if reg not in files.regs:
             raise ImageError(

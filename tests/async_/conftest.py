@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable
 from functools import wraps
 
 import anyio
 import pytest
 
-LIMIT_S = 600 if "GHOSTPOOL_TEST_LONG" in os.environ else 60
+LIMIT_S = 60
+LONG_LIMIT_S = 900
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -24,13 +24,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     Only those marked `anyio`: on the clock of a test for trio, time may jump.
     """
     if pyfuncitem.get_closest_marker("anyio") is not None:
-        pyfuncitem.obj = limited(pyfuncitem.obj)
+        long = pyfuncitem.get_closest_marker("long") is not None
+        pyfuncitem.obj = limited(pyfuncitem.obj, LONG_LIMIT_S if long else LIMIT_S)
 
 
-def limited(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+def limited(test: Callable[..., Awaitable[None]], limit_s: float) -> Callable[..., Awaitable[None]]:
     @wraps(test)
     async def wrapper(*args: object, **kwargs: object) -> None:
-        with anyio.fail_after(LIMIT_S):
+        with anyio.fail_after(limit_s):
             await test(*args, **kwargs)
 
     return wrapper

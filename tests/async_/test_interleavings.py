@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import random
 import sys
 from collections.abc import (
@@ -451,7 +450,7 @@ async def test_mounts_are_opened_again_without_a_barrier() -> None:
     assert (await explore_restore(THREE_TASKS, faults=0, barrier=False)).schedules == 510_828
 
 
-@pytest.mark.skipif("GHOSTPOOL_TEST_LONG" not in os.environ, reason="takes a minute")
+@pytest.mark.long
 @pytest.mark.anyio
 async def test_everything_in_steps_and_any_fault() -> None:
     explored = await explore_restore(THREE_TASKS, faults=1)
