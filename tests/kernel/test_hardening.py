@@ -5,16 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ghostpool._directories import Directories
+from ghostpool._failed import Mismatch
 from ghostpool._launch import launch
-from ghostpool._protocol import BlockingChannel, OpenOp
-from ghostpool._worker import Worker, _Mismatch
+from ghostpool._opening import Opening
+from ghostpool._protocol import OpenOp
 from tests.support.imagewriter import ImageSet
 from tests.support.restore import ghostpool, live, make_read_only, mount_tmpfs
 
@@ -22,17 +23,13 @@ pytestmark = pytest.mark.needs_mount_ns
 
 
 @pytest.fixture
-def worker(tmp_path: Path) -> Iterator[Worker]:
-    """A worker in this process, with tmp_path as mount 0."""
-    here, there = socket.socketpair()
-    with here:
-        channel = BlockingChannel(there.detach())
-        made = Worker(channel, mount_setattr=True)
-        made._mounts[0] = os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
-        yield made
-        os.close(made._mounts[0])
-        os.close(made._own_fds)
-        channel._socket.close()
+def opening(tmp_path: Path) -> Iterator[Opening]:
+    """A worker's opening side in this process, with tmp_path as mount 0."""
+    mounts = {0: os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)}
+    own_fds = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY)
+    yield Opening(Directories(mounts), own_fds)
+    os.close(mounts[0])
+    os.close(own_fds)
 
 
 def operation(path: Path, flags: int = os.O_RDONLY) -> OpenOp:
@@ -58,7 +55,7 @@ def operation(path: Path, flags: int = os.O_RDONLY) -> OpenOp:
 
 @pytest.mark.parametrize("swapped", ["fifo", "symlink", "file", "device"])
 def test_a_name_that_was_exchanged_is_not_opened(
-    tmp_path: Path, worker: Worker, swapped: str
+    tmp_path: Path, opening: Opening, swapped: str
 ) -> None:
     """Identity is checked before the open, which could block on a fifo or set off a device."""
     path = tmp_path / "name"
@@ -75,8 +72,8 @@ def test_a_name_that_was_exchanged_is_not_opened(
         path.write_bytes(b"theirs")
     out: list[int] = []
     before = set(os.listdir("/proc/self/fd"))
-    with pytest.raises((_Mismatch, OSError)) as caught:
-        worker._open(expected, out)
+    with pytest.raises((Mismatch, OSError)) as caught:
+        opening._open(expected, out)
     if isinstance(caught.value, OSError):
         assert caught.value.errno == errno.ELOOP
     assert out == []
@@ -84,11 +81,11 @@ def test_a_name_that_was_exchanged_is_not_opened(
 
 
 @pytest.mark.parametrize("extra", [0, os.O_NOFOLLOW, os.O_NONBLOCK, os.O_APPEND])
-def test_the_flags_of_the_open_are_the_images(tmp_path: Path, worker: Worker, extra: int) -> None:
+def test_the_flags_of_the_open_are_the_images(tmp_path: Path, opening: Opening, extra: int) -> None:
     path = tmp_path / "name"
     path.write_bytes(b"ours")
     out: list[int] = []
-    worker._open(operation(path, os.O_RDWR | extra), out)
+    opening._open(operation(path, os.O_RDWR | extra), out)
     (fd,) = out
     with open(f"/proc/self/fdinfo/{fd}") as file:
         flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags"))

@@ -32,11 +32,16 @@ LAYERS = [
     "_model _paths",
     "_forkserver",
     "_build _descriptors _worker",
-    "_buildfiles _protocol",
+    "_buildfiles _creating _mountwork _opening _removing",
+    "_directories _failed",
+    "_protocol",
     "_buildspec _mountinfo",
     "_errors _linux",
 ]
-CHILD_SIDE = "_forkserver _build _descriptors _worker _buildfiles _protocol _buildspec _mountinfo"
+CHILD_SIDE = """
+    _forkserver _build _descriptors _worker _buildfiles _creating _mountwork _opening _removing
+    _directories _failed _protocol _buildspec _mountinfo
+"""
 
 
 def imports_of(path: Path) -> set[str]:

@@ -1,0 +1,179 @@
+"""What a worker does with mounts: open, identify, clone, and change their read-only bit.
+
+It acts on descriptors of mount roots, in the mount namespace that the worker has entered.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+from ghostpool import _linux
+from ghostpool._failed import Failed
+from ghostpool._linux import Attr
+from ghostpool._mountinfo import parse_line
+from ghostpool._protocol import MountFacts
+
+
+class MountWork:
+    """Requests about mounts; `mounts` are the worker's mount roots, by handle."""
+
+    def __init__(self, mounts: dict[int, int], own_fds: int, mount_setattr: bool) -> None:
+        self._mounts = mounts
+        self._own_fds = own_fds
+        self._mount_setattr = mount_setattr
+
+    def do_mountinfo(self, out: list[int]) -> None:
+        """A descriptor of this namespace's mount table: it stays that of the time of its open."""
+        out.append(os.open("../mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._own_fds))
+
+    def do_open_mounts(self, out: list[int], points: list[tuple[int, bytes]]) -> list[Any]:
+        """Open the visible top of each mount point; the descriptors go back in order.
+
+        A mount point is looked up by the kernel, so what is found is what a task would see
+        there: compared with the table, that decides "overmounted".
+        """
+        facts: list[Any] = []
+        for index, (handle, mountpoint) in enumerate(points):
+            step = "openat2"
+            try:
+                root = _linux.openat2(
+                    _linux.AT_FDCWD,
+                    mountpoint,
+                    os.O_PATH | os.O_NOFOLLOW,
+                    _linux.FROM_ROOT & ~_linux.Resolve.IN_ROOT,
+                )
+                step = "statx"
+                facts.append(tuple(self._facts(root)))
+            except OSError as error:
+                raise Failed(index, error.errno or 0, step, mountpoint, handle, facts) from error
+            out.append(os.dup(root))
+            self._mounts[handle] = root
+        return facts
+
+    def _facts(self, fd: int) -> MountFacts:
+        identity = _linux.mount_identity(fd)
+        attributes, superblock_read_only = self._state(fd, identity)
+        return MountFacts(
+            identity.mnt_id, identity.unique_id, identity.dev, attributes, superblock_read_only
+        )
+
+    def _state(self, fd: int, identity: _linux.MountIdentity) -> tuple[int, bool]:
+        """Attributes of the mount at `fd` as they are now, and whether its superblock is ro."""
+        if identity.unique_id:
+            try:
+                state = _linux.statmount(identity.unique_id)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.EPERM):
+                    raise
+            else:
+                return state.attr, state.superblock_read_only
+        return self._state_of_mountinfo(identity.mnt_id)
+
+    def _state_of_mountinfo(self, mnt_id: int) -> tuple[int, bool]:
+        fd = os.open("../mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._own_fds)
+        with open(fd, "rb") as file:
+            for line in file:
+                if line.startswith(b"%d " % mnt_id):
+                    mount = parse_line(line.rstrip(b"\n"))
+                    return mount.attributes, mount.superblock_read_only
+        raise OSError(errno.ENOENT, "the mount is gone")
+
+    def do_clone(self, out: list[int], handles: list[tuple[int, int]]) -> list[Any]:
+        """A detached, private, writable clone of each mount: service writability.
+
+        It vanishes with its last descriptor, so it never needs a revert, and nobody who is not
+        given the descriptor ever sees a writable mount. Per mount None, and its descriptor goes
+        back; or errno and system call of a failure.
+        """
+        results: list[Any] = []
+        for live, service in handles:
+            step = "open_tree"
+            try:
+                clone = _linux.open_tree(self._mounts[live], b"", _linux.OPEN_TREE_CLONE)
+                try:
+                    step = "mount_setattr"
+                    if not self._mount_setattr:
+                        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+                    _linux.mount_setattr(clone, attr_clr=Attr.RDONLY)
+                    self._mounts[service] = os.dup(clone)
+                except OSError:
+                    os.close(clone)
+                    raise
+            except OSError as error:
+                results.append((error.errno or errno.EIO, step))
+            else:
+                out.append(clone)
+                results.append(None)
+        return results
+
+    def do_make_writable(self, out: list[int], handles: list[tuple[int, int]]) -> list[Any]:
+        """Clear the read-only bit; per mount whether that changed it and what its attributes
+        are now, or errno and system call of a failure.
+
+        Each comes with the unique id (or mnt_id) it had when it was found: the descriptor can
+        not have moved to another mount, but the mount may have been taken off since.
+        """
+        results: list[Any] = []
+        for handle, expected in handles:
+            step = "statx"
+            try:
+                fd = self._mounts[handle]
+                identity = _linux.mount_identity(fd)
+                if expected not in (identity.unique_id, identity.mnt_id):
+                    results.append((None, errno.ESTALE, "statx"))
+                    continue
+                step = "statmount"
+                attributes, superblock_read_only = self._state(fd, identity)
+                if superblock_read_only:
+                    results.append((None, errno.EROFS, "statmount"))
+                elif attributes & Attr.RDONLY:
+                    step = "mount_setattr" if self._mount_setattr else "mount"
+                    self._set_read_only(fd, attributes, False)
+                    results.append((True, self._state(fd, identity)[0]))
+                else:
+                    results.append((False, attributes))
+            except OSError as error:
+                results.append((None, error.errno or 0, step))
+        return results
+
+    def do_make_read_only(self, out: list[int], handles: list[int]) -> list[Any]:
+        """Set the read-only bit; per mount None, or a failure (EBUSY: somebody writes)."""
+        results: list[Any] = []
+        for handle in handles:
+            step = "mount_setattr" if self._mount_setattr else "mount"
+            try:
+                fd = self._mounts[handle]
+                attributes = 0
+                if not self._mount_setattr:
+                    attributes, _ = self._state(fd, _linux.mount_identity(fd))
+                self._set_read_only(fd, attributes, True)
+                results.append(None)
+            except OSError as error:
+                results.append((error.errno or 0, step))
+        return results
+
+    def _set_read_only(self, fd: int, attributes: int, read_only: bool) -> None:
+        if self._mount_setattr:
+            bit = int(Attr.RDONLY)
+            try:
+                _linux.mount_setattr(fd, attr_set=bit * read_only, attr_clr=bit * (not read_only))
+            except OSError as error:
+                if error.errno != errno.ENOSYS:
+                    raise
+                self._mount_setattr = False
+                attributes, _ = self._state(fd, _linux.mount_identity(fd))
+            else:
+                return
+        # mount(2) knows only paths. The magic link of our own descriptor leads to exactly this
+        # mount; it is reached from the descriptor of the host's /proc, not by the container's.
+        wanted = attributes | Attr.RDONLY if read_only else attributes & ~Attr.RDONLY
+        flags = _linux.MS_REMOUNT | _linux.MS_BIND | _linux.mount_flags_of(wanted)
+        here = os.open(".", os.O_PATH | os.O_DIRECTORY)
+        try:
+            os.fchdir(self._own_fds)
+            _linux.mount(None, b"%d" % fd, None, flags)
+        finally:
+            os.fchdir(here)
+            os.close(here)

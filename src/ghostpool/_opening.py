@@ -1,0 +1,170 @@
+"""Opening ghosts for their tasks: link to the old name, open, check, take the name away."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import Any
+
+from ghostpool import _linux
+from ghostpool._directories import Directories
+from ghostpool._failed import Failed, Mismatch
+from ghostpool._linux import INSIDE
+from ghostpool._protocol import Opened, OpenOp
+
+
+class Opening:
+    """Requests that open ghosts. `own_fds` is the worker's /proc/self/fd, the host's."""
+
+    def __init__(self, directories: Directories, own_fds: int) -> None:
+        self._directories = directories
+        self._own_fds = own_fds
+        self._step = ""
+        """The system call in progress, for the failure."""
+
+    def do_open(self, out: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
+        """Link, open, check, unlink; the descriptors go back in order."""
+        done: list[Any] = []
+        for index, fields in enumerate(operations):
+            operation = OpenOp(*fields)
+            self._step = "openat2"
+            path = operation.live_directory + b"/" + operation.names[0]
+            try:
+                done.append(tuple(self._open(operation, out)))
+            except Mismatch as error:
+                raise Failed(index, 0, str(error), path, operation.live) from error
+            except OSError as error:
+                code = error.errno or errno.EIO
+                raise Failed(index, code, self._step, path, operation.live) from error
+        return done
+
+    def _open(self, operation: OpenOp, out: list[int]) -> Opened:
+        if not operation.temp_name:
+            directory = self._directories.open(operation.live, operation.live_directory)
+            out.append(self._open_checked(operation, directory, operation.names[0]))
+            return Opened(0, ())
+        self._step = "mkdirat"
+        made = self._directories.make(operation.link, operation.link_directory)
+        linked = False
+        used = 0
+        try:
+            self._step = "openat2"
+            link_to = self._directories.open(operation.link, operation.link_directory)
+            self._step = "linkat"
+            used = self._link(operation, link_to)
+            linked = True
+            self._step = "openat2"
+            if operation.live == operation.link:
+                directory = link_to
+            else:
+                directory = self._directories.open(operation.live, operation.live_directory)
+            fd = self._open_checked(operation, directory, operation.names[used])
+            out.append(fd)
+            if operation.keep:
+                return Opened(used, ())
+            self._step = "unlinkat"
+            os.unlink(operation.names[used], dir_fd=link_to)
+            linked = False
+        except BaseException:
+            if linked:
+                self._unlink_own(operation, link_to, operation.names[used])
+            self._directories.remove(operation.link, made)
+            raise
+        self._step = "rmdir"
+        left = self._directories.remove(operation.link, made) if made else ()
+        return Opened(used, tuple(left))
+
+    def _link(self, operation: OpenOp, link_to: int) -> int:
+        source = self._directories.open(operation.link, operation.temp_directory)
+        last = len(operation.names) - 1
+        for number, name in enumerate(operation.names):
+            try:
+                os.link(
+                    operation.temp_name,
+                    name,
+                    src_dir_fd=source,
+                    dst_dir_fd=link_to,
+                    follow_symlinks=False,
+                )
+            except FileExistsError:
+                if operation.keep and self._is_ours(operation, link_to, name):
+                    break
+                if number == last:
+                    raise
+            else:
+                break
+        return number
+
+    def _is_ours(self, operation: OpenOp, directory: int, name: bytes) -> bool:
+        try:
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == (operation.device, operation.inode)
+
+    def _unlink_own(self, operation: OpenOp, directory: int, name: bytes) -> None:
+        if self._is_ours(operation, directory, name):
+            try:
+                os.unlink(name, dir_fd=directory)
+            except OSError:
+                pass
+
+    def _open_checked(self, operation: OpenOp, directory: int, name: bytes) -> int:
+        is_fifo = stat.S_ISFIFO(operation.mode)
+        fd = self._open_own(operation, directory, name, is_fifo)
+        try:
+            status = os.fstat(fd)
+            self._check_identity(operation, status)
+            if operation.mode >= 0 and status.st_mode != operation.mode:
+                raise Mismatch(f"mode: {status.st_mode:o} instead of {operation.mode:o}")
+            if operation.size >= 0 and status.st_size != operation.size:
+                raise Mismatch(f"size: {status.st_size} instead of {operation.size}")
+            if operation.position >= 0 and not operation.flags & os.O_PATH and not is_fifo:
+                self._step = "lseek"
+                try:
+                    os.lseek(fd, operation.position, os.SEEK_SET)
+                except OSError as error:
+                    # Some devices can not be seeked; then their position was never set either.
+                    if error.errno != errno.ESPIPE or stat.S_ISREG(status.st_mode):
+                        raise
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    @staticmethod
+    def _check_identity(operation: OpenOp, status: os.stat_result) -> None:
+        if (status.st_dev, status.st_ino) != (operation.device, operation.inode):
+            raise Mismatch("identity: another file has the name")
+
+    def _open_own(self, operation: OpenOp, directory: int, name: bytes, is_fifo: bool) -> int:
+        """Open the file of the expected identity, and no other: opening another one may block for
+        ever (a fifo) or set off a device, and tasks of the container can exchange names."""
+        path_flags = os.O_PATH | os.O_NOFOLLOW
+        if operation.flags & os.O_PATH:
+            return _linux.openat2(directory, name, operation.flags, INSIDE)
+        path_fd = _linux.openat2(directory, name, path_flags, INSIDE)
+        helper = -1
+        try:
+            self._check_identity(operation, os.fstat(path_fd))
+            if operation.flags & os.O_NOFOLLOW:
+                # Its flag would refuse the magic link, so it has to be opened by its name.
+                return self._open_regular_by_name(operation, directory, name)
+            own = b"%d" % path_fd
+            if is_fifo:
+                # A reader waits for a writer, a writer without a reader is refused: be both.
+                helper = os.open(own, os.O_RDWR | os.O_NONBLOCK, dir_fd=self._own_fds)
+            return os.open(own, operation.flags, dir_fd=self._own_fds)
+        finally:
+            os.close(path_fd)
+            if helper >= 0:
+                os.close(helper)
+
+    @staticmethod
+    def _open_regular_by_name(operation: OpenOp, directory: int, name: bytes) -> int:
+        flags = operation.flags | os.O_NONBLOCK
+        fd = _linux.openat2(directory, name, flags, INSIDE)
+        if not operation.flags & os.O_NONBLOCK:
+            os.set_blocking(fd, True)
+        return fd

@@ -1,0 +1,65 @@
+"""Taking names away, if they still are what was made there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import Any
+
+from ghostpool import _linux
+from ghostpool._directories import Directories
+from ghostpool._linux import INSIDE
+from ghostpool._protocol import Removed, RemoveOp
+
+
+class Removing:
+    """Requests that remove names."""
+
+    def __init__(self, directories: Directories) -> None:
+        self._directories = directories
+
+    def do_remove(self, _: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
+        """Take names away; one that resists does not stop the others."""
+        return [tuple(self._remove(RemoveOp(*fields))) for fields in operations]
+
+    def _remove(self, operation: RemoveOp) -> Removed:
+        step = "openat2"
+        left: list[bytes] = []
+        try:
+            try:
+                directory = self._directories.open(operation.mount, operation.directory)
+                step = "fstatat"
+                status = os.stat(operation.name, dir_fd=directory, follow_symlinks=False)
+                own = (status.st_dev, status.st_ino) == (operation.device, operation.inode)
+                if own or not operation.inode:
+                    step = "unlinkat"
+                    if stat.S_ISDIR(status.st_mode):
+                        self._remove_directory(operation)
+                    else:
+                        os.unlink(operation.name, dir_fd=directory)
+            except FileNotFoundError:
+                pass
+            step = "rmdir"
+            if operation.parents:
+                left = self._directories.remove(operation.mount, self._parent_paths(operation))
+        except OSError as error:
+            return Removed(error.errno or errno.EIO, step, ())
+        return Removed(0, "", tuple(left))
+
+    def _parent_paths(self, operation: RemoveOp) -> list[bytes]:
+        components = operation.directory.split(b"/")
+        outer = len(components) - len(operation.parents)
+        return [b"/".join(components[: n + 1]) for n in range(outer, len(components))]
+
+    def _remove_directory(self, operation: RemoveOp) -> None:
+        self._directories.forget()
+        directory = self._directories.open(operation.mount, operation.directory)
+        if operation.times is not None:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+            fd = _linux.openat2(directory, operation.name, flags, INSIDE)
+            try:
+                _linux.utimens_fd(fd, *operation.times)
+            finally:
+                os.close(fd)
+        os.rmdir(operation.name, dir_fd=directory)
