@@ -137,7 +137,7 @@ def usable_cpus() -> int:
 
 def make_request(options: dict[str, Any], keep: bool = False) -> Any:
     """The Request of target options."""
-    from ghostpool._plan import Policy
+    from ghostpool._planned import Policy
     from ghostpool._run import Request
     from ghostpool._userns import maps_owner
 
@@ -420,7 +420,7 @@ def demo() -> None:
 
     from ghostpool import _run
     from ghostpool._launch import launch
-    from ghostpool._plan import Policy
+    from ghostpool._planned import Policy
     from ghostpool._report import Report
 
     report = Report()

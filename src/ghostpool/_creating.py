@@ -16,7 +16,7 @@ from ghostpool._protocol import Created, CreateOp, Placed, PlaceOp
 _COPY_CHUNK = 1 << 20
 
 
-class Creating:
+class CreateWork:
     """Requests that make ghosts. `own_fds` is the worker's /proc/self/fd, the host's."""
 
     def __init__(self, directories: Directories, own_fds: int) -> None:

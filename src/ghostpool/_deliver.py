@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import anyio
 
 from ghostpool._errors import CommandError
-from ghostpool._plan import PlannedTask
+from ghostpool._planned import PlannedTask
 from ghostpool._process import Child, CommandFailed
 from ghostpool._restore import Restored
 from ghostpool._run import Delivery, Prepared

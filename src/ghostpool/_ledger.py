@@ -17,7 +17,7 @@ from ghostpool._errors import GhostpoolError, RevertError
 from ghostpool._mend import remove_command
 from ghostpool._model import MountHandle, live_of
 from ghostpool._paths import join, text
-from ghostpool._plan import PlannedGhost, PlannedMount, PlannedOpen
+from ghostpool._planned import PlannedGhost, PlannedMount, PlannedOpen
 from ghostpool._pool import WorkerPool
 from ghostpool._process import WorkerFailure
 from ghostpool._protocol import Created, Placed, Removed, RemoveOp

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from ghostpool._errors import KernelError
 from ghostpool._model import MountHandle, live_of
-from ghostpool._plan import PlannedMount
+from ghostpool._planned import PlannedMount
 from ghostpool._protocol import Failure
 
 _NOTHING = "nothing: the namespace was rebuilt for this run and ends with it"

@@ -12,7 +12,7 @@ import anyio
 from ghostpool._errors import KernelError, RevertError, WorkerDied
 from ghostpool._mend import kernel_error, mend_command
 from ghostpool._model import MountHandle
-from ghostpool._plan import PlannedMount
+from ghostpool._planned import PlannedMount
 from ghostpool._pool import WorkerPool
 from ghostpool._process import WorkerFailure
 from ghostpool._protocol import Failure

@@ -14,7 +14,7 @@ from ghostpool._linux import INSIDE
 from ghostpool._protocol import Opened, OpenOp
 
 
-class Opening:
+class OpenWork:
     """Requests that open ghosts. `own_fds` is the worker's /proc/self/fd, the host's."""
 
     def __init__(self, directories: Directories, own_fds: int) -> None:

@@ -15,23 +15,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
-from ghostpool._buildspec import SHARED_BY_KERNEL
+from ghostpool._admission import check_ghost, check_mount, open_flags
 from ghostpool._errors import (
     GhostpoolError,
-    HostNamespace,
-    MountNotFound,
     Overmounted,
     PlanError,
-    ReadOnlySuperblock,
     UnsupportedError,
 )
-from ghostpool._linux import Attr
 from ghostpool._match import Matcher, Namespace, Site
 from ghostpool._model import (
-    Ghost,
     GhostId,
     Images,
     MountHandle,
@@ -40,208 +34,24 @@ from ghostpool._model import (
     RegId,
     Remap,
     Task,
-    service_of,
 )
 from ghostpool._mountinfo import LiveMount
 from ghostpool._paths import is_below, join, relative_to, text
+from ghostpool._planned import (
+    Opening,
+    Plan,
+    PlannedGhost,
+    PlannedMount,
+    PlannedOpen,
+    PlannedTask,
+    Policy,
+    Refusal,
+)
 from ghostpool._protocol import Look
 
 ALTERNATIVE = b".cr_link"
 """What CRIU appends to an old name that something else has taken."""
 _NAME_MAX = 255
-_TMPFILE_BIT = os.O_TMPFILE & ~os.O_DIRECTORY
-_DROPPED_FLAGS = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_CLOEXEC
-_MOST_EXTENTS = 250_000
-"""What fits one request to a worker; 1 GiB of which every other block is a hole has as many."""
-# Python says 0 on 64-bit machines, but fdinfo shows the kernel's own value there.
-_O_LARGEFILE = {"x86_64": 0o100000, "aarch64": 0o400000}.get(os.uname().machine, 0o100000)
-_KNOWN_FLAGS = (
-    os.O_ACCMODE
-    | os.O_APPEND
-    | os.O_NONBLOCK
-    | os.O_SYNC
-    | os.O_ASYNC
-    | os.O_DIRECT
-    | os.O_LARGEFILE
-    | _O_LARGEFILE
-    | os.O_DIRECTORY
-    | os.O_NOFOLLOW
-    | os.O_NOATIME
-    | os.O_PATH
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What the operator allows and wants."""
-
-    allow_devices: bool = False
-    allow_setuid: bool = False
-    keep: bool = False
-    """Leave the files linked at their old names."""
-    own_owner: bool = False
-    """Give every ghost to the restoring user: for user namespaces that map one id."""
-    mapped: Callable[[int, int], bool] = lambda uid, gid: True
-    """Whether this process's user namespace has such an owner."""
-
-
-@dataclass(eq=False, slots=True)
-class PlannedMount:
-    """A live mount that the restore works on."""
-
-    handle: MountHandle
-    namespace: Namespace
-    mount: LiveMount
-    clone: bool
-    """A writable private clone serves for creating and cleaning: the mount is read-only. False
-    for a read-only mount of which none can be made: then its own lease serves."""
-
-    @property
-    def service(self) -> MountHandle:
-        """The side for creating and cleaning."""
-        return service_of(self.handle) if self.clone else self.handle
-
-    @property
-    def root(self) -> bytes:
-        """What of the file system is mounted: a path inside it."""
-        return self.mount.root.strip(b"/")
-
-    @property
-    def label(self) -> str:
-        """For messages."""
-        return f"{text(self.mount.mountpoint)} in {self.namespace.target.label}"
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """One open of a ghost: a reg file of the images and where it lives now."""
-
-    file: RegFile
-    ghost: Ghost
-    mount: PlannedMount
-    site: Site
-    flags: int
-    fifo: bool
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedGhost:
-    """Where a ghost is made, and under which name it waits for its opens."""
-
-    ghost: Ghost
-    mount: PlannedMount
-    directory: bytes
-    """Existing, relative to the mount's root."""
-    name: bytes
-    parents: tuple[bytes, ...]
-    final: tuple[bytes, ...]
-    """A directory ghost only: the old name, to which it is moved at once."""
-    group: tuple[int, int]
-    """Identity of `directory`: all work in one directory is one worker's."""
-
-    @property
-    def place(self) -> bytes:
-        """`directory` inside the file system."""
-        return join(self.mount.root, self.directory)
-
-    @property
-    def final_directory(self) -> bytes:
-        """A directory ghost only: where it is moved to, relative to the mount's root."""
-        return join(self.directory, b"/".join(self.parents))
-
-    @property
-    def depth(self) -> int:
-        """Components above the final name: outer directories have a smaller one."""
-        return len([c for c in self.final_directory.split(b"/") if c])
-
-    @property
-    def times_ns(self) -> tuple[int, int] | None:
-        """Access and modification time in nanoseconds, if the image has them."""
-        if self.ghost.atime is None or self.ghost.mtime is None:
-            return None
-        return self.ghost.atime * 1000, self.ghost.mtime * 1000
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedOpen:
-    """How one open is done."""
-
-    opening: Opening
-    link: MountHandle
-    """Mount through which the old name is made: the task's own (leased), or a service clone."""
-    link_root: bytes
-    """Root of that mount inside the file system."""
-    names: tuple[bytes, ...]
-    missing: int
-    """How many components of the directory are missing now."""
-    group: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTask:
-    """A task, the opens that it does for itself and others, and the leases it needs for them."""
-
-    task: Task
-    opens: tuple[PlannedOpen, ...]
-    leases: tuple[MountHandle, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why something can not be restored."""
-
-    subject: str
-    error: GhostpoolError
-
-    def __str__(self) -> str:
-        return f"{self.subject}: {self.error}"
-
-
-@dataclass(slots=True)
-class Plan:
-    """Everything that a restore will do."""
-
-    images: Images
-    mounts: dict[MountHandle, PlannedMount] = field(default_factory=dict)
-    ghosts: dict[GhostId, PlannedGhost] = field(default_factory=dict)
-    tasks: list[PlannedTask] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def opens(self) -> list[PlannedOpen]:
-        """All opens of all tasks."""
-        return [planned for task in self.tasks for planned in task.opens]
-
-    @property
-    def leased(self) -> set[MountHandle]:
-        """Mounts that will be made writable in their tasks' own view."""
-        return {*self.service_leases, *(handle for task in self.tasks for handle in task.leases)}
-
-    @property
-    def service_leases(self) -> list[MountHandle]:
-        """Mounts leased from the first change to the last, since no clone of them can be made."""
-        return [p.handle for p in self.mounts.values() if p.mount.read_only and not p.clone]
-
-    def check(self) -> None:
-        """Raise the first refusal, if there is one."""
-        if self.refusals:
-            first = self.refusals[0]
-            more = len(self.refusals) - 1
-            note = f" (and {more} more: see ghostpool plan)" if more else ""
-            raise type_of(first.error)(f"refused: {first}{note}") from first.error
-
-
-def type_of(error: GhostpoolError) -> type[PlanError]:
-    """The class to raise a refusal as: its own where a message alone makes one."""
-    simple = (
-        UnsupportedError,
-        MountNotFound,
-        Overmounted,
-        ReadOnlySuperblock,
-        HostNamespace,
-    )
-    return next((kind for kind in simple if isinstance(error, kind)), PlanError)
 
 
 class Planner:
@@ -337,7 +147,7 @@ class Planner:
                     "message in flight), or an fdinfo image is cut"
                 )
             return  # refused by the name of what holds it
-        self._check_kind(ghost)
+        check_ghost(ghost, self._policy)
         if file.mode is not None and file.mode != ghost.mode:
             raise PlanError(
                 f"files.img says mode {file.mode:o}, {ghost.file} says {ghost.mode:o}: "
@@ -345,8 +155,8 @@ class Planner:
             )
         site = self._matcher.site(file)
         fifo = held[file.id][1]
-        flags = self._flags(file, ghost, site.mount)
-        self._check_mount(site)
+        flags = open_flags(file, ghost, site.mount)
+        check_mount(site)
         pending = self._images.pending_fifo_bytes.get(file.id, 0)
         if pending:
             self._plan.warnings.append(
@@ -357,74 +167,6 @@ class Planner:
         names = self._wanted.setdefault((opening.mount.handle, site.directory), {})
         names.setdefault(site.name, len(names))
         self._by_ghost.setdefault(ghost.id, []).append(opening)
-
-    def _check_kind(self, ghost: Ghost) -> None:
-        kind = stat.S_IFMT(ghost.mode)
-        if kind in (stat.S_IFCHR, stat.S_IFBLK) and not self._policy.allow_devices:
-            rdev = ghost.rdev or 0
-            raise PlanError(
-                f"a device ({os.major(rdev)}:{os.minor(rdev)}), refused without --allow-devices"
-            )
-        setuid = ghost.mode & (stat.S_ISUID | stat.S_ISGID)
-        if setuid and not self._policy.allow_setuid:
-            raise PlanError(
-                f"a setuid or setgid file (mode {stat.S_IMODE(ghost.mode):04o}), refused "
-                "without --allow-setuid"
-            )
-        if len(ghost.extents) > _MOST_EXTENTS:
-            raise PlanError(
-                f"{len(ghost.extents)} pieces of content, more than {_MOST_EXTENTS} in one file"
-            )
-        if not self._policy.own_owner and not self._policy.mapped(ghost.uid, ghost.gid):
-            raise PlanError(
-                f"its owner {ghost.uid}:{ghost.gid} does not exist in this user namespace"
-            )
-
-    def _flags(self, file: RegFile, ghost: Ghost, mount: LiveMount) -> int:
-        flags = file.flags & ~_DROPPED_FLAGS
-        if flags & _TMPFILE_BIT:
-            # The file is opened by a name now. O_DIRECTORY is part of O_TMPFILE, but only then.
-            flags &= ~os.O_TMPFILE
-        unknown = flags & ~_KNOWN_FLAGS
-        if unknown:
-            raise UnsupportedError(f"open flags {unknown:#o} are not known")
-        if flags & os.O_PATH:
-            return flags & (os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY)
-        kind = stat.S_IFMT(ghost.mode)
-        if kind == stat.S_IFLNK:
-            raise PlanError("a symbolic link that was not opened with O_PATH")
-        if kind in (stat.S_IFCHR, stat.S_IFBLK) and mount.attributes & Attr.NODEV:
-            raise PlanError(f"a device on {text(mount.mountpoint)}, which is nodev now")
-        writes = flags & os.O_ACCMODE != os.O_RDONLY
-        if kind == stat.S_IFREG and writes and mount.read_only:
-            # The open would succeed during the lease and then keep the mount from going back.
-            raise PlanError(
-                f"open for writing, but {text(mount.mountpoint)} is read-only now: it could "
-                "not be made read-only again while the file is open"
-            )
-        return flags
-
-    def _check_mount(self, site: Site) -> None:
-        mount, target = site.mount, site.namespace.target
-        where = f"{text(mount.mountpoint)} in {target.label}"
-        if mount.superblock_read_only:
-            raise ReadOnlySuperblock(
-                f"the superblock of {where} ({mount.fstype}) is read-only, so nothing can be "
-                "created on it through any mount"
-            )
-        if target.enter is None and mount.fstype in SHARED_BY_KERNEL:
-            raise UnsupportedError(
-                f"{where} is the machine's own {mount.fstype}, which a rebuilt namespace only "
-                "borrows: nothing is created on it"
-            )
-        if mount.read_only and target.is_host:
-            raise HostNamespace(
-                f"{where} is read-only and belongs to the host's mount namespace, which is "
-                "never remounted: run the restore in a container's namespace, or remount it "
-                "yourself"
-            )
-        if mount.root.endswith(b"//deleted"):
-            raise MountNotFound(f"the directory that was mounted on {where} has been removed")
 
     def _planned_mount(self, site: Site) -> PlannedMount:
         return self._planned(site.namespace, site.mount)

@@ -13,7 +13,7 @@ from ghostpool._linux import INSIDE
 from ghostpool._protocol import Removed, RemoveOp
 
 
-class Removing:
+class RemoveWork:
     """Requests that remove names."""
 
     def __init__(self, directories: Directories) -> None:

@@ -10,7 +10,7 @@ from ghostpool._errors import GhostpoolError, leaves
 from ghostpool._lease import MountUsage
 from ghostpool._model import MountHandle
 from ghostpool._paths import text
-from ghostpool._plan import Plan, PlannedMount
+from ghostpool._planned import Plan, PlannedMount
 
 SCHEMA = 1
 

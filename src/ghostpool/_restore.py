@@ -34,7 +34,7 @@ from ghostpool._mend import kernel_error, mend_command
 from ghostpool._model import MountHandle, RegId
 from ghostpool._mountkernel import PoolMounts
 from ghostpool._paths import join, relative_to, text
-from ghostpool._plan import Plan, PlannedGhost, PlannedOpen, PlannedTask
+from ghostpool._planned import Plan, PlannedGhost, PlannedOpen, PlannedTask
 from ghostpool._pool import WorkerPool
 from ghostpool._process import WorkerFailure
 from ghostpool._protocol import (

@@ -22,7 +22,7 @@ from ghostpool._errors import PlanError, SandboxError
 from ghostpool._images import read_images
 from ghostpool._launch import Launched
 from ghostpool._model import Images, MountHandle, NsId
-from ghostpool._plan import Plan, Policy
+from ghostpool._planned import Plan, Policy
 from ghostpool._pool import WorkerPool
 from ghostpool._process import BuildFailed, ForkServer
 from ghostpool._report import Report

@@ -25,7 +25,7 @@ from typing import Any
 import anyio
 
 from ghostpool._errors import PlanError
-from ghostpool._plan import PlannedTask
+from ghostpool._planned import PlannedTask
 from ghostpool._protocol import MAX_FDS, rights
 from ghostpool._restore import Restored
 from ghostpool._run import Delivery, Prepared

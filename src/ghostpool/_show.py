@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ghostpool._paths import text
-from ghostpool._plan import Plan
+from ghostpool._planned import Plan
 
 
 def show_plan(plan: Plan, console: Console | None = None) -> None:

@@ -19,7 +19,8 @@ from ghostpool._match import Namespace
 from ghostpool._model import Images, MountHandle, NsId
 from ghostpool._mountinfo import MountTable
 from ghostpool._paths import text
-from ghostpool._plan import Plan, PlannedMount, Planner, Policy
+from ghostpool._plan import Planner
+from ghostpool._planned import Plan, PlannedMount, Policy
 from ghostpool._pool import WorkerPool
 from ghostpool._process import WorkerFailure
 from ghostpool._protocol import Failure, Look, MountFacts

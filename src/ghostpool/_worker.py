@@ -17,13 +17,13 @@ from collections.abc import Callable
 from typing import Any
 
 from ghostpool import _linux
-from ghostpool._creating import Creating
+from ghostpool._creating import CreateWork
 from ghostpool._directories import Directories
 from ghostpool._failed import Failed
 from ghostpool._mountwork import MountWork
-from ghostpool._opening import Opening
+from ghostpool._opening import OpenWork
 from ghostpool._protocol import MAX_FDS, BlockingChannel, EndOfStream, Report
-from ghostpool._removing import Removing
+from ghostpool._removing import RemoveWork
 
 
 class Worker:
@@ -38,7 +38,7 @@ class Worker:
         own_fds = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         directories = Directories(self._mounts)
         mounts = MountWork(self._mounts, own_fds, mount_setattr)
-        self._creating = Creating(directories, own_fds)
+        self._creating = CreateWork(directories, own_fds)
         # Every request gets a list for the descriptors that go back with its result.
         self._requests: dict[str, Callable[..., Any]] = {
             "ping": lambda _: os.getpid(),
@@ -51,8 +51,8 @@ class Worker:
             "forget_directories": directories.do_forget_directories,
             "create": self._creating.do_create,
             "place": self._creating.do_place,
-            "open": Opening(directories, own_fds).do_open,
-            "remove": Removing(directories).do_remove,
+            "open": OpenWork(directories, own_fds).do_open,
+            "remove": RemoveWork(directories).do_remove,
             "finish": _last_words,
         }
 

@@ -14,7 +14,7 @@ import pytest
 from ghostpool._directories import Directories
 from ghostpool._failed import Mismatch
 from ghostpool._launch import launch
-from ghostpool._opening import Opening
+from ghostpool._opening import OpenWork
 from ghostpool._protocol import OpenOp
 from tests.support.imagewriter import ImageSet
 from tests.support.restore import ghostpool, live, make_read_only, mount_tmpfs
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.needs_mount_ns
 
 
 @pytest.fixture
-def opening(tmp_path: Path) -> Iterator[Opening]:
+def opening(tmp_path: Path) -> Iterator[OpenWork]:
     """A worker's opening side in this process, with tmp_path as mount 0."""
     mounts = {0: os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)}
     own_fds = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY)
-    yield Opening(Directories(mounts), own_fds)
+    yield OpenWork(Directories(mounts), own_fds)
     os.close(mounts[0])
     os.close(own_fds)
 
@@ -55,7 +55,7 @@ def operation(path: Path, flags: int = os.O_RDONLY) -> OpenOp:
 
 @pytest.mark.parametrize("swapped", ["fifo", "symlink", "file", "device"])
 def test_a_name_that_was_exchanged_is_not_opened(
-    tmp_path: Path, opening: Opening, swapped: str
+    tmp_path: Path, opening: OpenWork, swapped: str
 ) -> None:
     """Identity is checked before the open, which could block on a fifo or set off a device."""
     path = tmp_path / "name"
@@ -81,7 +81,9 @@ def test_a_name_that_was_exchanged_is_not_opened(
 
 
 @pytest.mark.parametrize("extra", [0, os.O_NOFOLLOW, os.O_NONBLOCK, os.O_APPEND])
-def test_the_flags_of_the_open_are_the_images(tmp_path: Path, opening: Opening, extra: int) -> None:
+def test_the_flags_of_the_open_are_the_images(
+    tmp_path: Path, opening: OpenWork, extra: int
+) -> None:
     path = tmp_path / "name"
     path.write_bytes(b"ours")
     out: list[int] = []

@@ -23,7 +23,7 @@ from ghostpool._errors import PlanError, VerificationError
 from ghostpool._launch import launch
 from ghostpool._linux import Attr
 from ghostpool._model import NsId
-from ghostpool._plan import Policy
+from ghostpool._planned import Policy
 from ghostpool._report import Report
 from ghostpool._restore import Restoration, Restored
 from tests.support.imagewriter import ImageSet

@@ -20,7 +20,7 @@ from ghostpool import _deliver, _run
 from ghostpool._errors import RestoreError, leaves
 from ghostpool._launch import launch
 from ghostpool._model import NsId
-from ghostpool._plan import Policy
+from ghostpool._planned import Policy
 from ghostpool._pool import WorkerPool
 from ghostpool._process import Worker, WorkerFailure
 from ghostpool._protocol import Failure

@@ -1,0 +1,120 @@
+"""What rules out a ghost, an open or a mount by itself; pure.
+
+Whatever is refused here is refused before anything is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from ghostpool._buildspec import SHARED_BY_KERNEL
+from ghostpool._errors import (
+    HostNamespace,
+    MountNotFound,
+    PlanError,
+    ReadOnlySuperblock,
+    UnsupportedError,
+)
+from ghostpool._linux import Attr
+from ghostpool._match import Site
+from ghostpool._model import Ghost, RegFile
+from ghostpool._mountinfo import LiveMount
+from ghostpool._paths import text
+from ghostpool._planned import Policy
+
+_TMPFILE_BIT = os.O_TMPFILE & ~os.O_DIRECTORY
+_DROPPED_FLAGS = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_CLOEXEC
+_MOST_EXTENTS = 250_000
+"""What fits one request to a worker; 1 GiB of which every other block is a hole has as many."""
+# Python says 0 on 64-bit machines, but fdinfo shows the kernel's own value there.
+_O_LARGEFILE = {"x86_64": 0o100000, "aarch64": 0o400000}.get(os.uname().machine, 0o100000)
+_KNOWN_FLAGS = (
+    os.O_ACCMODE
+    | os.O_APPEND
+    | os.O_NONBLOCK
+    | os.O_SYNC
+    | os.O_ASYNC
+    | os.O_DIRECT
+    | os.O_LARGEFILE
+    | _O_LARGEFILE
+    | os.O_DIRECTORY
+    | os.O_NOFOLLOW
+    | os.O_NOATIME
+    | os.O_PATH
+)
+
+
+def check_ghost(ghost: Ghost, policy: Policy) -> None:
+    """Refuse what the operator has not allowed. PlanError."""
+    kind = stat.S_IFMT(ghost.mode)
+    if kind in (stat.S_IFCHR, stat.S_IFBLK) and not policy.allow_devices:
+        rdev = ghost.rdev or 0
+        raise PlanError(
+            f"a device ({os.major(rdev)}:{os.minor(rdev)}), refused without --allow-devices"
+        )
+    setuid = ghost.mode & (stat.S_ISUID | stat.S_ISGID)
+    if setuid and not policy.allow_setuid:
+        raise PlanError(
+            f"a setuid or setgid file (mode {stat.S_IMODE(ghost.mode):04o}), refused "
+            "without --allow-setuid"
+        )
+    if len(ghost.extents) > _MOST_EXTENTS:
+        raise PlanError(
+            f"{len(ghost.extents)} pieces of content, more than {_MOST_EXTENTS} in one file"
+        )
+    if not policy.own_owner and not policy.mapped(ghost.uid, ghost.gid):
+        raise PlanError(f"its owner {ghost.uid}:{ghost.gid} does not exist in this user namespace")
+
+
+def open_flags(file: RegFile, ghost: Ghost, mount: LiveMount) -> int:
+    """Flags to open a file with through a mount. PlanError, UnsupportedError."""
+    flags = file.flags & ~_DROPPED_FLAGS
+    if flags & _TMPFILE_BIT:
+        # The file is opened by a name now. O_DIRECTORY is part of O_TMPFILE, but only then.
+        flags &= ~os.O_TMPFILE
+    unknown = flags & ~_KNOWN_FLAGS
+    if unknown:
+        raise UnsupportedError(f"open flags {unknown:#o} are not known")
+    if flags & os.O_PATH:
+        return flags & (os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY)
+    kind = stat.S_IFMT(ghost.mode)
+    if kind == stat.S_IFLNK:
+        raise PlanError("a symbolic link that was not opened with O_PATH")
+    if kind in (stat.S_IFCHR, stat.S_IFBLK) and mount.attributes & Attr.NODEV:
+        raise PlanError(f"a device on {text(mount.mountpoint)}, which is nodev now")
+    writes = flags & os.O_ACCMODE != os.O_RDONLY
+    if kind == stat.S_IFREG and writes and mount.read_only:
+        # The open would succeed during the lease and then keep the mount from going back.
+        raise PlanError(
+            f"open for writing, but {text(mount.mountpoint)} is read-only now: it could "
+            "not be made read-only again while the file is open"
+        )
+    return flags
+
+
+def check_mount(site: Site) -> None:
+    """Refuse what nothing can be created on.
+
+    ReadOnlySuperblock, HostNamespace, MountNotFound, UnsupportedError.
+    """
+    mount, target = site.mount, site.namespace.target
+    where = f"{text(mount.mountpoint)} in {target.label}"
+    if mount.superblock_read_only:
+        raise ReadOnlySuperblock(
+            f"the superblock of {where} ({mount.fstype}) is read-only, so nothing can be "
+            "created on it through any mount"
+        )
+    if target.enter is None and mount.fstype in SHARED_BY_KERNEL:
+        raise UnsupportedError(
+            f"{where} is the machine's own {mount.fstype}, which a rebuilt namespace only "
+            "borrows: nothing is created on it"
+        )
+    if mount.read_only and target.is_host:
+        raise HostNamespace(
+            f"{where} is read-only and belongs to the host's mount namespace, which is "
+            "never remounted: run the restore in a container's namespace, or remount it "
+            "yourself"
+        )
+    if mount.root.endswith(b"//deleted"):
+        raise MountNotFound(f"the directory that was mounted on {where} has been removed")

@@ -1,0 +1,193 @@
+"""The values that make up a plan. Frozen but for what the survey still finds out of a mount."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ghostpool._errors import (
+    GhostpoolError,
+    HostNamespace,
+    MountNotFound,
+    Overmounted,
+    PlanError,
+    ReadOnlySuperblock,
+    UnsupportedError,
+)
+from ghostpool._match import Namespace, Site
+from ghostpool._model import Ghost, GhostId, Images, MountHandle, RegFile, Task, service_of
+from ghostpool._mountinfo import LiveMount
+from ghostpool._paths import join, text
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the operator allows and wants."""
+
+    allow_devices: bool = False
+    allow_setuid: bool = False
+    keep: bool = False
+    """Leave the files linked at their old names."""
+    own_owner: bool = False
+    """Give every ghost to the restoring user: for user namespaces that map one id."""
+    mapped: Callable[[int, int], bool] = lambda uid, gid: True
+    """Whether this process's user namespace has such an owner."""
+
+
+@dataclass(eq=False, slots=True)
+class PlannedMount:
+    """A live mount that the restore works on."""
+
+    handle: MountHandle
+    namespace: Namespace
+    mount: LiveMount
+    clone: bool
+    """A writable private clone serves for creating and cleaning: the mount is read-only. False
+    for a read-only mount of which none can be made: then its own lease serves."""
+
+    @property
+    def service(self) -> MountHandle:
+        """The side for creating and cleaning."""
+        return service_of(self.handle) if self.clone else self.handle
+
+    @property
+    def root(self) -> bytes:
+        """What of the file system is mounted: a path inside it."""
+        return self.mount.root.strip(b"/")
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"{text(self.mount.mountpoint)} in {self.namespace.target.label}"
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """One open of a ghost: a reg file of the images and where it lives now."""
+
+    file: RegFile
+    ghost: Ghost
+    mount: PlannedMount
+    site: Site
+    flags: int
+    fifo: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedGhost:
+    """Where a ghost is made, and under which name it waits for its opens."""
+
+    ghost: Ghost
+    mount: PlannedMount
+    directory: bytes
+    """Existing, relative to the mount's root."""
+    name: bytes
+    parents: tuple[bytes, ...]
+    final: tuple[bytes, ...]
+    """A directory ghost only: the old name, to which it is moved at once."""
+    group: tuple[int, int]
+    """Identity of `directory`: all work in one directory is one worker's."""
+
+    @property
+    def place(self) -> bytes:
+        """`directory` inside the file system."""
+        return join(self.mount.root, self.directory)
+
+    @property
+    def final_directory(self) -> bytes:
+        """A directory ghost only: where it is moved to, relative to the mount's root."""
+        return join(self.directory, b"/".join(self.parents))
+
+    @property
+    def depth(self) -> int:
+        """Components above the final name: outer directories have a smaller one."""
+        return len([c for c in self.final_directory.split(b"/") if c])
+
+    @property
+    def times_ns(self) -> tuple[int, int] | None:
+        """Access and modification time in nanoseconds, if the image has them."""
+        if self.ghost.atime is None or self.ghost.mtime is None:
+            return None
+        return self.ghost.atime * 1000, self.ghost.mtime * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedOpen:
+    """How one open is done."""
+
+    opening: Opening
+    link: MountHandle
+    """Mount through which the old name is made: the task's own (leased), or a service clone."""
+    link_root: bytes
+    """Root of that mount inside the file system."""
+    names: tuple[bytes, ...]
+    missing: int
+    """How many components of the directory are missing now."""
+    group: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTask:
+    """A task, the opens that it does for itself and others, and the leases it needs for them."""
+
+    task: Task
+    opens: tuple[PlannedOpen, ...]
+    leases: tuple[MountHandle, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why something can not be restored."""
+
+    subject: str
+    error: GhostpoolError
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.error}"
+
+
+@dataclass(slots=True)
+class Plan:
+    """Everything that a restore will do."""
+
+    images: Images
+    mounts: dict[MountHandle, PlannedMount] = field(default_factory=dict)
+    ghosts: dict[GhostId, PlannedGhost] = field(default_factory=dict)
+    tasks: list[PlannedTask] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def opens(self) -> list[PlannedOpen]:
+        """All opens of all tasks."""
+        return [planned for task in self.tasks for planned in task.opens]
+
+    @property
+    def leased(self) -> set[MountHandle]:
+        """Mounts that will be made writable in their tasks' own view."""
+        return {*self.service_leases, *(handle for task in self.tasks for handle in task.leases)}
+
+    @property
+    def service_leases(self) -> list[MountHandle]:
+        """Mounts leased from the first change to the last, since no clone of them can be made."""
+        return [p.handle for p in self.mounts.values() if p.mount.read_only and not p.clone]
+
+    def check(self) -> None:
+        """Raise the first refusal, if there is one."""
+        if self.refusals:
+            first = self.refusals[0]
+            more = len(self.refusals) - 1
+            note = f" (and {more} more: see ghostpool plan)" if more else ""
+            raise type_of(first.error)(f"refused: {first}{note}") from first.error
+
+
+def type_of(error: GhostpoolError) -> type[PlanError]:
+    """The class to raise a refusal as: its own where a message alone makes one."""
+    simple = (
+        UnsupportedError,
+        MountNotFound,
+        Overmounted,
+        ReadOnlySuperblock,
+        HostNamespace,
+    )
+    return next((kind for kind in simple if isinstance(error, kind)), PlanError)
