@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from ghostpool._errors import GhostpoolError, PlanError, RestoreError, RevertError, leaves
-from ghostpool._signals import interrupted, note_only, raise_for_the_first
+from ghostpool._signals import note_only, raise_again
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -393,6 +393,7 @@ def fetch(path: str, task: int, cmd: tuple[str, ...]) -> None:
     """Take one task's descriptors from a serving restore and run CMD with them, here."""
     from ghostpool._fetch import fetch as fetch_task
 
+    raise_again()
     try:
         fetch_task(path, task, list(cmd))
     except GhostpoolError as error:
@@ -440,21 +441,14 @@ def demo() -> None:
 
 def main() -> NoReturn:
     """Entry point of the console script."""
-    raise_for_the_first()
-    try:
-        status = exit_status_of_cli()
-        note_only()
-    except BaseException:
-        if not interrupted():
-            raise
-        status = EXIT_INTERRUPTED
+    note_only()
+    status = exit_status_of_cli()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
             status = status or EXIT_FAILED
-    # Not sys.exit: a Ctrl-C that met an exec() in some import makes Python end by that signal
-    # although it was caught, and one during the interpreter's end would do the same.
+    # Not sys.exit: a Ctrl-C during the interpreter's end would make Python end by that signal.
     os._exit(status)
 
 

@@ -8,17 +8,20 @@ coordinator closes its socket, and its workers die with it.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import resource
 import select
 import signal
+import sys
 from typing import Any
 
-from ghostpool import _build, _buildspec, _descriptors, _linux, _worker
+from ghostpool import _build, _buildspec, _descriptors, _guardian, _linux, _worker
 from ghostpool._protocol import BlockingChannel, EndOfStream
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"
 _COMMAND_SIGNALS = (*_IGNORED, signal.SIGPIPE, signal.SIGXFSZ)
 
 
@@ -87,6 +90,9 @@ class ForkServer:
             if kind == "worker":
                 _worker.main(fds[0], *arguments)
                 status = 0
+            elif kind == "guardian":
+                _guardian.main(fds[0], *arguments)
+                status = 0
             elif kind == "build":
                 _build_namespaces(BlockingChannel(fds[0]), arguments[0])
                 status = 0
@@ -138,9 +144,39 @@ def _run_command(
         step = "exec"
         for number in _COMMAND_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        os.execvpe(argv[0], argv, environment)
+        _execute(argv, environment)
     except OSError as error:
         status.send((step, error.errno))
+
+
+def _execute(argv: list[bytes], environment: dict[bytes, bytes]) -> None:
+    """execve(2) of the first match in PATH. OSError if there is none.
+
+    Not os.execvpe, which imports a module on the way (see `seal_imports`).
+    """
+    if b"/" in argv[0]:
+        os.execve(argv[0], argv, environment)
+    failure = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    for directory in environment.get(b"PATH", _DEFAULT_PATH).split(b":"):
+        try:
+            os.execve((directory or b".") + b"/" + argv[0], argv, environment)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def seal_imports() -> None:
+    """No module can be loaded from now on.
+
+    In a container's mount namespace sys.path leads to the container's files: an import that
+    somebody forgot would run its code, as root of the host.
+    """
+    sys.meta_path.clear()
+    sys.path_hooks.clear()
+    sys.path.clear()
+    sys.path_importer_cache.clear()
 
 
 def main(fd: int) -> None:
@@ -153,6 +189,7 @@ def main(fd: int) -> None:
         # A Ctrl-C reaches the whole process group; who undoes things needs its workers then.
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    seal_imports()
     gc.collect()
     gc.freeze()
     try:

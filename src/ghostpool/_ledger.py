@@ -8,12 +8,13 @@ are the same walk, backwards, through the service side of the mounts, which need
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import anyio
 
 from ghostpool._errors import GhostpoolError, RevertError
+from ghostpool._guard import Guard, Owed
 from ghostpool._mend import remove_command
 from ghostpool._model import MountHandle, live_of
 from ghostpool._paths import join, text
@@ -37,8 +38,11 @@ class _Temporary:
 class Ledger:
     """Names that are owed to the file systems."""
 
-    def __init__(self, pool: WorkerPool, mounts: Mapping[MountHandle, PlannedMount]) -> None:
+    def __init__(
+        self, pool: WorkerPool, mounts: Mapping[MountHandle, PlannedMount], guard: Guard
+    ) -> None:
         self._pool = pool
+        self._guard = guard
         self._mounts = mounts
         self._temporaries: dict[int, _Temporary] = {}
         self._links: dict[int, tuple[PlannedOpen, int]] = {}
@@ -46,17 +50,21 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._temporaries) + len(self._links)
 
-    def creating(self, planned: PlannedGhost, slot: int) -> None:
-        """A request to create this ghost is about to be sent to a slot."""
-        self._temporaries[planned.ghost.id] = _Temporary(planned, slot)
+    async def creating(self, ghosts: Sequence[PlannedGhost], slot: int) -> None:
+        """A request to create these ghosts is about to be sent to a slot."""
+        made = [_Temporary(planned, slot) for planned in ghosts]
+        self._temporaries.update((one.planned.ghost.id, one) for one in made)
+        await self._guard.owe([_owed(one) for one in made])
 
     def created(self, planned: PlannedGhost, result: Created) -> None:
         """The ghost is there, with this identity."""
         self._temporaries[planned.ghost.id].created = result
 
-    def placing(self, planned: PlannedGhost) -> None:
+    async def placing(self, planned: PlannedGhost) -> None:
         """A request to move this directory to its old name is about to be sent."""
-        self._temporaries[planned.ghost.id].placing = True
+        temporary = self._temporaries[planned.ghost.id]
+        temporary.placing = True
+        await self._guard.owe([_owed(temporary)])
 
     def placed(self, planned: PlannedGhost, result: Placed) -> None:
         """The directory has one of its final names."""
@@ -76,18 +84,32 @@ class Ledger:
             raise RuntimeError(f"ghost {ghost_id:x} has not been created")
         return result
 
-    def linking(self, planned: PlannedOpen, slot: int) -> None:
-        """A request that gives a ghost its old name for a moment is about to be sent."""
-        self._links[planned.opening.file.id] = (planned, slot)
+    async def linking(self, opens: Sequence[PlannedOpen], slot: int) -> None:
+        """A request that gives ghosts their old names for a moment is about to be sent."""
+        self._links.update((planned.opening.file.id, (planned, slot)) for planned in opens)
+        await self._guard.owe(
+            [
+                Owed(
+                    key=("link", planned.opening.file.id),
+                    target=planned.opening.mount.namespace.target.index,
+                    mount=planned.opening.mount.service,
+                    removals=tuple(self._link_ops(planned)),
+                )
+                for planned in opens
+            ]
+        )
 
-    def unlinked(self, planned: PlannedOpen) -> None:
-        """The worker answered: the name and its parents are gone (or are to be kept)."""
-        self._links.pop(planned.opening.file.id, None)
+    async def unlinked(self, opens: Sequence[PlannedOpen]) -> None:
+        """The worker answered: the names and their parents are gone."""
+        for planned in opens:
+            self._links.pop(planned.opening.file.id, None)
+        await self._guard.settle([("link", planned.opening.file.id) for planned in opens])
 
-    def settle(self) -> None:
-        """Everything succeeded: what is still there is to stay."""
+    async def settle(self) -> None:
+        """Everything is undone, or has succeeded: what is still there is to stay."""
         self._links.clear()
         self._temporaries.clear()
+        await self._guard.settle(None)
 
     async def clear(self, keep: bool = False) -> list[str]:
         """Take all names away, last made first; what was left and why, for people.
@@ -118,7 +140,7 @@ class Ledger:
         if errors:
             raise errors[0] if len(errors) == 1 else ExceptionGroup("names are left", errors)
         if not keep:
-            self.settle()
+            await self.settle()
         return left
 
     async def _clear_slot(
@@ -128,6 +150,19 @@ class Ledger:
         left: list[str],
         errors: list[Exception],
     ) -> None:
+        again = await self._remove(slot, operations, None, errors)
+        # A directory may have been kept by a name that was removed after it had been tried.
+        await self._remove(slot, again, left, errors)
+
+    async def _remove(
+        self,
+        slot: int,
+        operations: list[tuple[int, RemoveOp]],
+        left: list[str] | None,
+        errors: list[Exception],
+    ) -> list[tuple[int, RemoveOp]]:
+        """Remove names; those whose directories could not go, which are told if `left` is given."""
+        again: list[tuple[int, RemoveOp]] = []
         for start in range(0, len(operations), _BATCH):
             batch = operations[start : start + _BATCH]
             # One namespace a message: the service side works from any, so the first one's does.
@@ -141,8 +176,12 @@ class Ledger:
             except (GhostpoolError, WorkerFailure) as error:
                 errors += [self._not_removed(operation, error) for _, operation in batch[:1]]
                 continue
-            for (_, operation), fields in zip(batch, answers, strict=True):
-                self._note(operation, Removed(*fields), left, errors)
+            for one, fields in zip(batch, answers, strict=True):
+                answer = Removed(*fields)
+                if answer.left:
+                    again.append(one)
+                self._note(one[1], answer, left, errors)
+        return again
 
     def _not_removed(self, operation: RemoveOp, error: Exception) -> RevertError:
         planned = self._mounts[live_of(operation.mount)]
@@ -154,7 +193,11 @@ class Ledger:
         )
 
     def _note(
-        self, operation: RemoveOp, answer: Removed, left: list[str], errors: list[Exception]
+        self,
+        operation: RemoveOp,
+        answer: Removed,
+        left: list[str] | None,
+        errors: list[Exception],
     ) -> None:
         planned = self._mounts[live_of(operation.mount)]
         where = join(operation.directory, operation.name)
@@ -166,10 +209,13 @@ class Ledger:
                     remove_command(planned, where, operation.is_directory),
                 )
             )
-        left += [
-            f"{text(path)} on mount {planned.label}: not removed, something else is in it now"
-            for path in answer.left
-        ]
+        told = left if left is not None else []
+        for path in answer.left:
+            line = (
+                f"{text(path)} on mount {planned.label}: not removed, something else is in it now"
+            )
+            if line not in told:
+                told.append(line)
 
     def _link_ops(self, planned: PlannedOpen) -> Iterable[RemoveOp]:
         """The old name may be there, and parents that were missing; through the service side."""
@@ -189,6 +235,16 @@ class Ledger:
                 parents=tuple(parents) if last else (),
                 times=None,
             )
+
+
+def _owed(temporary: _Temporary) -> Owed:
+    planned = temporary.planned
+    return Owed(
+        key=("ghost", planned.ghost.id),
+        target=planned.mount.namespace.target.index,
+        mount=planned.mount.service,
+        removals=tuple(_temporary_ops(temporary)),
+    )
 
 
 def _temporary_ops(temporary: _Temporary) -> Iterable[RemoveOp]:

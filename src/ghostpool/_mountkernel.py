@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import anyio
 
 from ghostpool._errors import KernelError, RevertError, WorkerDied
+from ghostpool._guard import Guard, Owed
 from ghostpool._mend import kernel_error, mend_command
 from ghostpool._model import MountHandle
 from ghostpool._planned import PlannedMount
@@ -29,8 +30,11 @@ class PoolMounts:
     Implements MountKernel over mount handles.
     """
 
-    def __init__(self, pool: WorkerPool, mounts: Mapping[MountHandle, PlannedMount]) -> None:
+    def __init__(
+        self, pool: WorkerPool, mounts: Mapping[MountHandle, PlannedMount], guard: Guard
+    ) -> None:
         self._pool = pool
+        self._guard = guard
         self._mounts = mounts
         self.identities: dict[MountHandle, int] = {}
         """Unique id (or mnt_id, before Linux 6.8) that each mount had when it was found."""
@@ -54,6 +58,7 @@ class PoolMounts:
             log.debug("make writable: %s", self._mounts[handle].label)
         for target, handles in self._by_target(mounts).items():
             request = [(handle, self.identities[handle]) for handle in handles]
+            await self._guard.owe([Owed(_key(handle), target, handle) for handle in handles])
             try:
                 answers, _ = await self._pool.call(
                     target % self._pool.jobs,
@@ -75,6 +80,9 @@ class PoolMounts:
                     elif handle not in self._changed:
                         self._found_writable.add(handle)
                     self.writable_attributes[handle] = rest[0]
+        untouched = [_key(h) for h in mounts if results[h] is not True and h not in self._changed]
+        if untouched:
+            await self._guard.settle(untouched)
         return [results[handle] for handle in mounts]
 
     def _error(self, handle: MountHandle, code: int, step: str) -> KernelError:
@@ -104,6 +112,7 @@ class PoolMounts:
                     results[handle] = None
                 else:
                     results[handle] = await self._revert_error(handle, *answer)
+        await self._guard.settle([_key(handle) for handle in ours if results[handle] is None])
         return [results[handle] for handle in mounts]
 
     async def _revert(
@@ -142,6 +151,10 @@ class PoolMounts:
         if code == errno.EBUSY:
             problem += "; held for writing by " + await _describe_holders(planned.mount.mnt_id)
         return RevertError(problem, mend_command(planned))
+
+
+def _key(handle: MountHandle) -> tuple[str, int]:
+    return ("mount", handle)
 
 
 async def _describe_holders(mnt_id: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ import anyio
 from ghostpool import _linux
 from ghostpool._errors import WorkerDied
 from ghostpool._model import MountHandle
-from ghostpool._process import ForkServer, Worker
+from ghostpool._process import Child, ForkServer, Worker
 from ghostpool._targets import Target
 
 log = logging.getLogger("ghostpool")
@@ -46,7 +46,8 @@ class WorkerPool:
         """Descriptors of mounts, owned by the pool."""
         self._server = server
         self._targets = {target.index: target.fd for target in targets}
-        self._mount_setattr = mount_setattr
+        self.mount_setattr = mount_setattr
+        self._watch: Callable[[Child], Awaitable[None]] | None = None
         self._images = -1
         self._slots: list[Worker | None] = [None] * jobs
         self._locks = [anyio.Lock() for _ in range(jobs)]
@@ -83,6 +84,21 @@ class WorkerPool:
         """The directory that ghost images are read from; stays the caller's."""
         self._images = directory_fd
 
+    async def watch_with(self, watch: Callable[[Child], Awaitable[None]]) -> None:
+        """Have `watch` told of every worker there is, and of each that is started later."""
+        self._watch = watch
+        for worker in self._slots:
+            if worker is not None and worker.alive:
+                await watch(worker.child)
+
+    def watch_nobody(self) -> None:
+        """Nobody is told any more."""
+        self._watch = None
+
+    def target_fd(self, target: int) -> int:
+        """Descriptor of a target namespace."""
+        return self._targets[target]
+
     async def stop(self) -> None:
         """End all workers; they can be started again by the next call."""
         async with anyio.create_task_group() as group:
@@ -105,9 +121,11 @@ class WorkerPool:
                 with anyio.move_on_after(DEATH_S, shield=True):
                     await worker.child.wait()
             if worker is None or not worker.alive:
-                worker = await self._server.worker(mount_setattr=self._mount_setattr)
+                worker = await self._server.worker(mount_setattr=self.mount_setattr)
                 self._slots[slot] = worker
                 self.started += 1
+                if self._watch is not None:
+                    await self._watch(worker.child)
                 if self._images >= 0:
                     await worker.call("images", fds=[self._images])
             return worker

@@ -145,6 +145,11 @@ class Child:
         assert self.status is not None
         return self.status
 
+    @property
+    def pidfd(self) -> int:
+        """Readable when it has ended; -1 after `close`."""
+        return self._pidfd
+
     def signal(self, number: int) -> None:
         """Send a signal through the pidfd, so that a reused pid is never hit."""
         if self.status is None:
@@ -248,11 +253,14 @@ class ForkServer:
             raise WorkerDied(f"the fork server can not fork: {os.strerror(child)}")
         return child
 
-    async def worker(self, *, mount_setattr: bool = True) -> Worker:
-        """Fork a worker. `mount_setattr=False` makes it do as on Linux before 5.12."""
+    async def worker(self, kind: str = "worker", *, mount_setattr: bool = True) -> Worker:
+        """Fork a worker, or the guardian, which is one too.
+
+        `mount_setattr=False` makes it do as on Linux before 5.12.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            child = await self.fork("worker", mount_setattr, fds=[theirs.fileno()])
+            child = await self.fork(kind, mount_setattr, fds=[theirs.fileno()])
         except BaseException:
             ours.close()
             raise

@@ -28,6 +28,7 @@ from ghostpool._errors import (
     VerificationError,
     leaves,
 )
+from ghostpool._guard import Guard
 from ghostpool._lease import MountLeases, MountUsage
 from ghostpool._ledger import Ledger
 from ghostpool._mend import kernel_error, mend_command
@@ -101,6 +102,7 @@ class Restoration:
         plan: Plan,
         pool: WorkerPool,
         identities: Mapping[MountHandle, int],
+        guard: Guard,
         *,
         keep: bool = False,
         own_owner: bool = False,
@@ -112,13 +114,13 @@ class Restoration:
         self._keep = keep
         self._own_owner = own_owner
         self._progress = progress
-        self._kernel = PoolMounts(pool, plan.mounts)
+        self._kernel = PoolMounts(pool, plan.mounts, guard)
         self._kernel.identities.update(identities)
         self._leases: MountLeases[MountHandle] = MountLeases(
             self._kernel, reopen=False, revert_s=REVERT_S
         )
         self._barrier = TaskBarrier(planned.task.pid for planned in plan.tasks)
-        self._ledger = Ledger(pool, plan.mounts)
+        self._ledger = Ledger(pool, plan.mounts, guard)
         self._slots = assign_slots(self._weights(), pool.jobs)
         self.restored = Restored(plan)
 
@@ -173,7 +175,7 @@ class Restoration:
             await self._clean()
             self._verify()
             # Only now are names that are to be kept no longer owed.
-            self._ledger.settle()
+            await self._ledger.settle()
         except BaseException as error:
             await self._undo(error)
             raise
@@ -200,8 +202,7 @@ class Restoration:
             await self._place(slot, planned)
 
     async def _create_batch(self, slot: int, ghosts: Sequence[PlannedGhost]) -> None:
-        for planned in ghosts:
-            self._ledger.creating(planned, slot)
+        await self._ledger.creating(ghosts, slot)
         request = [tuple(self._create_op(planned)) for planned in ghosts]
         try:
             answers, _ = await self._pool.call(
@@ -240,7 +241,7 @@ class Restoration:
         )
 
     async def _place(self, slot: int, planned: PlannedGhost) -> None:
-        self._ledger.placing(planned)
+        await self._ledger.placing(planned)
         operation = PlaceOp(
             planned.mount.service,
             planned.directory,
@@ -286,8 +287,7 @@ class Restoration:
             await self._open_batch(slot, batch)
 
     async def _open_batch(self, slot: int, opens: Sequence[PlannedOpen]) -> None:
-        for planned in opens:
-            self._ledger.linking(planned, slot)
+        await self._ledger.linking(opens, slot)
         operations = [self._open_op(planned) for planned in opens]
         handles = {MountHandle(op.link) for op in operations}
         handles |= {MountHandle(op.live) for op in operations}
@@ -304,14 +304,14 @@ class Restoration:
             raise self._failed(error.failure, name) from error
         for planned, fields, fd in zip(opens, answers, fds, strict=True):
             self.restored.fds[planned.opening.file.id] = fd
-            if not self._keep:
-                self._ledger.unlinked(planned)
             opened = Opened(*fields)
             self.restored.left += [
                 f"{text(path)} on mount {planned.opening.mount.label}: not removed, something "
-                "else is in it now"
+                "is in it now"
                 for path in opened.left
             ]
+        if not self._keep:
+            await self._ledger.unlinked(opens)
         self._progress("open", len(opens))
 
     def _open_op(self, planned: PlannedOpen) -> OpenOp:

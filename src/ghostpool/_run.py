@@ -12,13 +12,14 @@ import resource
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import anyio
 
 from ghostpool import _buildspec, _linux
 from ghostpool._errors import PlanError, SandboxError
+from ghostpool._guard import Guard
 from ghostpool._images import read_images
 from ghostpool._launch import Launched
 from ghostpool._model import Images, MountHandle, NsId
@@ -67,23 +68,27 @@ class Prepared:
     @asynccontextmanager
     async def restored(self, progress: Progress = _silent) -> AsyncIterator[Restored]:
         """Carry the plan out and hold the descriptors for the time of the block."""
-        restoration = Restoration(
-            self.plan,
-            self.pool,
-            self.identities,
-            keep=self.request.policy.keep,
-            own_owner=self.request.policy.own_owner,
-            progress=progress,
-        )
-        try:
-            async with restoration.running() as restored:
-                await self.release_workers()
-                self.report.restored = True
-                log.info("restored: %d open files", len(restored.fds))
-                yield restored
-        finally:
-            self.report.usage = restoration.restored.usage
-            self.report.left += restoration.restored.left
+        async with AsyncExitStack() as stack:
+            guard = await stack.enter_async_context(Guard.running(self.server, self.pool))
+            restoration = Restoration(
+                self.plan,
+                self.pool,
+                self.identities,
+                guard,
+                keep=self.request.policy.keep,
+                own_owner=self.request.policy.own_owner,
+                progress=progress,
+            )
+            try:
+                async with restoration.running() as restored:
+                    await stack.aclose()
+                    await self.release_workers()
+                    self.report.restored = True
+                    log.info("restored: %d open files", len(restored.fds))
+                    yield restored
+            finally:
+                self.report.usage = restoration.restored.usage
+                self.report.left += restoration.restored.left
 
     async def release_workers(self) -> None:
         """End the workers and their clones: nothing of the restore itself goes on."""

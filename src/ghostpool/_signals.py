@@ -25,37 +25,25 @@ _received: list[signal.Signals] = []
 """What this process got so far."""
 
 
-def interrupted() -> bool:
-    """Whether a signal has come."""
-    return bool(_received)
-
-
 def _note(number: int, _: FrameType | None) -> None:
-    # Never SIG_IGN afterwards: Python complains of a signal that came just before that was set.
     _received.append(signal.Signals(number))
 
 
-def _raise_for_the_first(number: int, frame: FrameType | None) -> None:
-    _note(number, frame)
-    if len(_received) == 1:
-        raise KeyboardInterrupt
+def note_only() -> None:
+    """From now on signals are noted, not raised; `signals_kept` acts on them when a run begins.
 
-
-def raise_for_the_first() -> None:
-    """Before and after the event loop: the first of the signals is a KeyboardInterrupt.
-
-    Further ones are only noted, so that they can not disturb what the first one set off. Code
-    that is interrupted (a class being made, an import) may turn it into an error of its own, or
-    drop it: `interrupted` tells, and so does `signals_kept`.
+    An exception in the midst of an import, or of a callback of the garbage collector, would be
+    turned into another error there, or be printed and dropped.
     """
     for number in _not_ignored():
-        signal.signal(number, _raise_for_the_first)
-
-
-def note_only() -> None:
-    """From here on nothing is to be interrupted any more."""
-    for number in _not_ignored():
         signal.signal(number, _note)
+
+
+def raise_again() -> None:
+    """For what blocks outside of an event loop: Ctrl-C is a KeyboardInterrupt, the others kill."""
+    for number in _not_ignored():
+        first = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if first else signal.SIG_DFL)
 
 
 @contextmanager

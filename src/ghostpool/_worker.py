@@ -31,6 +31,8 @@ class Worker:
 
     def __init__(self, channel: BlockingChannel, mount_setattr: bool) -> None:
         self._channel = channel
+        self.given: list[int] = []
+        """Descriptors that came with a request besides namespaces and mounts."""
         self._namespaces: dict[int, int] = {}
         self._current: int | None = None
         self._mounts: dict[int, int] = {}
@@ -71,8 +73,9 @@ class Worker:
             try:
                 if namespace >= 0 and namespace != self._current:
                     self._enter(namespace)
+                self.given = list(taken)
                 if request == "images":
-                    self._creating.images = next(taken)
+                    (self._creating.images,) = self.given
                     result: Any = ()
                 else:
                     result = self._requests[request](out, *arguments)

@@ -10,13 +10,14 @@ import errno
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
 from ghostpool import _linux, _mountkernel
+from ghostpool._guard import Guard
 from ghostpool._launch import launch
 from ghostpool._lease import MountKernel
 from ghostpool._linux import Attr
@@ -164,8 +165,9 @@ def setting(
     async def real() -> AsyncIterator[Real]:
         namespaces = {NsId(10 + n): str(target.pid) for n, target in enumerate(targets)}
         request = Request(images_dir=str(images), jobs=2, namespaces=namespaces)
-        async with prepared(request, launch(), Report()) as run:
-            kernel = PoolMounts(run.pool, run.plan.mounts)
+        async with prepared(request, launch(), Report()) as run, AsyncExitStack() as stack:
+            guard = await stack.enter_async_context(Guard.running(run.server, run.pool))
+            kernel = PoolMounts(run.pool, run.plan.mounts, guard)
             kernel.identities = dict(run.identities)
             names = {p.mount.mountpoint[1:].decode(): h for h, p in run.plan.mounts.items()}
             assert sorted(names) == sorted(FLAGS)

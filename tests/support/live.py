@@ -340,7 +340,7 @@ def read_lines(process: subprocess.Popen[str], count: int) -> list[str]:
     while text.count(b"\n") < count:
         ready, _, _ = select.select([fd], [], [], RUN_S)
         piece = os.read(fd, 1) if ready else b""
-        assert piece, f"it printed no more than {text!r}"
+        assert piece, f"it printed no more than {text!r}: {process.communicate()}"
         text += piece
     return text.decode().splitlines()
 

@@ -19,7 +19,8 @@ LAYERS = [
     "_report _restore _signals",
     "_survey",
     "_ledger _mountkernel",
-    "_mend _pool testing",
+    "_guard _mend",
+    "_pool testing",
     "_barrier _lease _plan",
     "_admission _holders _lease_table _slots",
     "_planned",
@@ -32,7 +33,8 @@ LAYERS = [
     "_schema",
     "_model _paths",
     "_forkserver",
-    "_build _descriptors _worker",
+    "_build _descriptors _guardian",
+    "_worker",
     "_buildfiles _creating _mountwork _opening _removing",
     "_directories _failed",
     "_protocol",
@@ -40,7 +42,8 @@ LAYERS = [
     "_errors _linux",
 ]
 CHILD_SIDE = """
-    _forkserver _build _descriptors _worker _buildfiles _creating _mountwork _opening _removing
+    _forkserver _guardian _build _descriptors _worker
+    _buildfiles _creating _mountwork _opening _removing
     _directories _failed _protocol _buildspec _mountinfo
 """
 

@@ -47,6 +47,20 @@ def test_the_worker_side_needs_only_the_standard_library(module: str) -> None:
     assert [name for name in HEAVY[:-1] if name in loaded] == []
 
 
+def test_a_child_can_load_nothing_any_more() -> None:
+    """After the seal an import fails, wherever sys.path points: it would be the container's."""
+    said = run_isolated(
+        "from ghostpool import _forkserver\n"
+        "_forkserver.seal_imports()\n"
+        f"sys.path.append({str(Path(__file__).parent)!r})\n"
+        "try:\n"
+        "    import json\n"
+        "except ImportError:\n"
+        "    print('sealed')"
+    )
+    assert said == "sealed"
+
+
 def test_every_error_is_exported() -> None:
     """All errors that a user can catch are found at the top, and are the very classes."""
     assert set(_errors.__all__) <= set(ghostpool.__all__)
