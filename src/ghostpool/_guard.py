@@ -7,6 +7,7 @@ since undoing twice is harmless.
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Hashable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
@@ -57,7 +58,13 @@ class Guard:
 
     async def watch(self, child: Child) -> None:
         """A worker whose end the guardian must see before it undoes anything."""
-        await self._worker.call("watch", fds=[child.pidfd])
+        if child.pidfd < 0:
+            return  # it has ended already
+        pidfd = os.dup(child.pidfd)
+        try:
+            await self._worker.call("watch", fds=[pidfd])
+        finally:
+            os.close(pidfd)
 
     async def owe(self, records: Sequence[Owed]) -> None:
         """Returns when the guardian knows. WorkerDied: it is gone, so nothing may be changed."""

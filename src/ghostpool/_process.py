@@ -266,7 +266,7 @@ class ForkServer:
             raise
         finally:
             theirs.close()
-        return Worker(child, Channel(ours.detach()))
+        return Worker(f"{kind} {child.pid}", child, Channel(ours.detach()))
 
     async def build(self, specs: object) -> list[int]:
         """Have a fresh child build mount namespaces; their descriptors, in order.
@@ -367,7 +367,9 @@ class WorkerFailure(Exception):
 class Worker:
     """One worker process: a lock around its socket, and what it has been given so far."""
 
-    def __init__(self, child: Child, channel: Channel) -> None:
+    def __init__(self, name: str, child: Child, channel: Channel) -> None:
+        self.name = name
+        """For messages."""
         self.child = child
         self._channel = channel
         self._lock = anyio.Lock()
@@ -395,7 +397,7 @@ class Worker:
         """
         async with self._lock:
             if not self.alive:
-                raise WorkerDied(f"worker {self.child.pid} is gone")
+                raise WorkerDied(f"{self.name} is gone")
             new_namespaces = {
                 key: fd for key, fd in (namespaces or {}).items() if key not in self._namespaces
             }
@@ -404,7 +406,7 @@ class Worker:
                 await self._hand_over(new_mounts)
             except (anyio.EndOfStream, OSError) as error:
                 self.kill()
-                raise WorkerDied(f"worker {self.child.pid} ended") from error
+                raise WorkerDied(f"{self.name} ended") from error
             numbers = (namespace, list(new_namespaces), list(new_mounts))
             passed = [*new_namespaces.values(), *new_mounts.values(), *fds]
             # What may have arrived needs not be sent again, and what has not, dies with it.
@@ -419,7 +421,7 @@ class Worker:
                 late = isinstance(error, TimeoutError)
                 self.kill()
                 what = "gave no answer to" if late else "ended during"
-                raise WorkerDied(f"worker {self.child.pid} {what} {request!r}") from error
+                raise WorkerDied(f"{self.name} {what} {request!r}") from error
             except BaseException:
                 await self._abandon()
                 raise
