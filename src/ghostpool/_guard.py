@@ -17,7 +17,7 @@ import anyio
 from ghostpool._errors import WorkerDied
 from ghostpool._model import MountHandle
 from ghostpool._pool import WorkerPool
-from ghostpool._process import Child, ForkServer, Worker, WorkerFailure
+from ghostpool._process import STOP_S, Child, ForkServer, Worker, WorkerFailure
 from ghostpool._protocol import RemoveOp
 
 
@@ -54,7 +54,8 @@ class Guard:
                 await guard.settle(None)
                 await worker.stop()
                 worker.kill()
-                await worker.child.wait()
+                with anyio.move_on_after(STOP_S):
+                    await worker.child.wait()
 
     async def watch(self, child: Child) -> None:
         """A worker whose end the guardian must see before it undoes anything."""
