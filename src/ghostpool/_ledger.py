@@ -15,7 +15,7 @@ import anyio
 
 from ghostpool._errors import GhostpoolError, RevertError
 from ghostpool._guard import Guard, Owed
-from ghostpool._mend import remove_command
+from ghostpool._mend import left_behind, remove_command
 from ghostpool._model import MountHandle, live_of
 from ghostpool._paths import join, text
 from ghostpool._planned import PlannedGhost, PlannedMount, PlannedOpen
@@ -211,9 +211,7 @@ class Ledger:
             )
         told = left if left is not None else []
         for path in answer.left:
-            line = (
-                f"{text(path)} on mount {planned.label}: not removed, something else is in it now"
-            )
+            line = left_behind(planned, path)
             if line not in told:
                 told.append(line)
 

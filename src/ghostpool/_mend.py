@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from ghostpool._errors import KernelError
 from ghostpool._model import MountHandle, live_of
+from ghostpool._paths import text
 from ghostpool._planned import PlannedMount
 from ghostpool._protocol import Failure
 
@@ -29,6 +30,11 @@ def kernel_error(
         namespace=planned.namespace.target.label if planned else None,
         advice=advice,
     )
+
+
+def left_behind(planned: PlannedMount, path: bytes) -> str:
+    """A directory that was made for a moment and could not be removed."""
+    return f"{text(path)} on mount {planned.label}: not removed, something else is in it now"
 
 
 def mend_command(planned: PlannedMount) -> str:

@@ -45,19 +45,13 @@ class MountWork:
                     _linux.FROM_ROOT & ~_linux.Resolve.IN_ROOT,
                 )
                 step = "statx"
-                facts.append(tuple(self._facts(root)))
+                identity = _linux.mount_identity(root)
+                facts.append(tuple(MountFacts(identity.mnt_id, identity.unique_id)))
             except OSError as error:
                 raise Failed(index, error.errno or 0, step, mountpoint, handle, facts) from error
             out.append(os.dup(root))
             self._mounts[handle] = root
         return facts
-
-    def _facts(self, fd: int) -> MountFacts:
-        identity = _linux.mount_identity(fd)
-        attributes, superblock_read_only = self._state(fd, identity)
-        return MountFacts(
-            identity.mnt_id, identity.unique_id, identity.dev, attributes, superblock_read_only
-        )
 
     def _state(self, fd: int, identity: _linux.MountIdentity) -> tuple[int, bool]:
         """Attributes of the mount at `fd` as they are now, and whether its superblock is ro."""

@@ -68,23 +68,23 @@ class Channel:
         while len(self._header) < HEADER.size:
             # Descriptors come with the header's first byte; it is received alone, so that a
             # receive never takes those of the frame after.
-            await self._receive_header()
+            self._header += await self._some(HEADER.size - len(self._header), _CMSG_SPACE)
         length, count, _ = HEADER.unpack(self._header)
         if length > MAX_FRAME or count != len(self._fds):
             raise anyio.EndOfStream
         while len(self._body) < length:
-            self._body += await self._receive_part(length - len(self._body))
+            self._body += await self._some(length - len(self._body))
         message = marshal.loads(self._body)  # noqa: S302  written by our own child
         fds = self._fds
         self._header, self._body, self._fds = b"", bytearray(), []
         return message, fds
 
-    async def _receive_header(self) -> None:
-        missing = HEADER.size - len(self._header)
+    async def _some(self, most: int, space: int = 0) -> bytes:
+        """At least one byte; descriptors that come with it, in `space` bytes, are kept aside."""
         while True:
             try:
                 data, ancillary, flags, _ = self._socket.recvmsg(
-                    missing, _CMSG_SPACE, socket.MSG_CMSG_CLOEXEC
+                    most, space, socket.MSG_CMSG_CLOEXEC
                 )
                 break
             except BlockingIOError:
@@ -93,20 +93,7 @@ class Channel:
                 raise anyio.EndOfStream from None
         if not data:
             raise anyio.EndOfStream
-        self._header += data
         self._fds += take_rights(ancillary, flags)
-
-    async def _receive_part(self, missing: int) -> bytes:
-        while True:
-            try:
-                data = self._socket.recv(missing)
-                break
-            except BlockingIOError:
-                await anyio.wait_readable(self._socket)
-            except ConnectionError:
-                raise anyio.EndOfStream from None
-        if not data:
-            raise anyio.EndOfStream
         return data
 
     def close(self) -> None:

@@ -44,9 +44,7 @@ class MountFacts(NamedTuple):
 
     mnt_id: int
     unique_id: int
-    device: int
-    attributes: int
-    superblock_read_only: bool
+    """0 before Linux 6.8."""
 
 
 class Look(NamedTuple):

@@ -31,7 +31,7 @@ from ghostpool._errors import (
 from ghostpool._guard import Guard
 from ghostpool._lease import MountLeases, MountUsage
 from ghostpool._ledger import Ledger
-from ghostpool._mend import kernel_error, mend_command
+from ghostpool._mend import kernel_error, left_behind, mend_command
 from ghostpool._model import MountHandle, RegId
 from ghostpool._mountkernel import PoolMounts
 from ghostpool._paths import join, relative_to, text
@@ -305,11 +305,7 @@ class Restoration:
         for planned, fields, fd in zip(opens, answers, fds, strict=True):
             self.restored.fds[planned.opening.file.id] = fd
             opened = Opened(*fields)
-            self.restored.left += [
-                f"{text(path)} on mount {planned.opening.mount.label}: not removed, something "
-                "is in it now"
-                for path in opened.left
-            ]
+            self.restored.left += [left_behind(planned.opening.mount, path) for path in opened.left]
         if not self._keep:
             await self._ledger.unlinked(opens)
         self._progress("open", len(opens))

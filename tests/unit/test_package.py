@@ -61,6 +61,22 @@ def test_a_child_can_load_nothing_any_more() -> None:
     assert said == "sealed"
 
 
+def test_the_fork_server_seals_before_it_serves() -> None:
+    said = run_isolated(
+        "from ghostpool import _forkserver\n"
+        "def serve(self):\n"
+        "    try:\n"
+        "        import json\n"
+        "    except ImportError:\n"
+        "        print('sealed')\n"
+        "_forkserver.ForkServer.serve = serve\n"
+        "_forkserver.ForkServer.__init__ = lambda self, channel: None\n"
+        "_forkserver.BlockingChannel = lambda fd: None\n"
+        "_forkserver.main(3)"
+    )
+    assert said == "sealed"
+
+
 def test_every_error_is_exported() -> None:
     """All errors that a user can catch are found at the top, and are the very classes."""
     assert set(_errors.__all__) <= set(ghostpool.__all__)
