@@ -226,12 +226,18 @@ def _check_descriptors(before: set[tuple[int, str]]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _session_leaves_nothing() -> Iterator[None]:
-    """At the end the mounts are as at the start, no process is left, no descriptor is open."""
+def _session_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """At the end the mounts are as at the start, no process is left, no descriptor is open.
+
+    Runs have a run directory of the session's own, and leave no journal in it.
+    """
     variable, _, value = _SESSION.partition("=")
     os.environ[variable] = value
+    run_dir = tmp_path_factory.mktemp("run")
+    os.environ["GHOSTPOOL_RUN_DIR"] = str(run_dir)
     mounts, processes, descriptors = _mounts(), _processes(), _descriptors()
     yield
+    assert os.listdir(run_dir) == []
     _check_mounts(mounts)
     _check_processes(processes)
     _check_descriptors(descriptors)

@@ -380,6 +380,60 @@ def plan(**options: Any) -> None:
 
 
 @cli.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option(
+    "--forget",
+    metavar="RUN",
+    help="Drop the journal of a dead run, for what can not or need not be undone.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+@click.option("-v", "verbose", count=True, help="Say more; twice for everything.")
+@click.option("-o", "--log-file", metavar="FILE", help="Log to FILE, not to stderr.")
+def recover(
+    dry_run: bool, forget: str | None, as_json: bool, verbose: int, log_file: str | None
+) -> None:
+    """Undo what runs that were killed have left: writable mounts, temporary names.
+
+    Every restore does this first. Exit status 3 if something is left that needs you.
+    """
+    from ghostpool._launch import launch
+    from ghostpool._report import SCHEMA, Report
+    from ghostpool._rundir import open_run_directory
+
+    report = Report()
+    runs: list[Any] = []
+    try:
+        set_up_logging(verbose, log_file)
+        directory = open_run_directory()
+        if forget is not None:
+            from ghostpool._recover import forget as forget_run
+
+            forget_run(directory, forget)
+            return
+    except PlanError as error:
+        report.status, report.error = EXIT_REFUSED, error
+        finish(report, None)
+    launched = launch()
+    from ghostpool import _run
+
+    async def story() -> None:
+        runs.extend(await _run.run_recover(launched, directory, dry_run))
+
+    run_story(story, report, None)
+    os.close(directory)
+    if as_json:
+        document = {"schema": SCHEMA, "runs": [run.document() for run in runs]}
+        click.echo(json.dumps(document, indent=2))
+    else:
+        for run in runs:
+            for line in (f"run {run.token}: {run.state}", *run.done, *run.refused):
+                click.echo(printable(line))
+    if report.error is None and any(run.refused for run in runs):
+        report.status = EXIT_NEEDS_USER
+    finish(report, None)
+
+
+@cli.command()
 @click.option("--socket", "path", required=True, metavar="PATH", help="Socket of the server.")
 @click.option(
     "--task",
@@ -427,7 +481,9 @@ def demo() -> None:
     report = Report()
     with Demo(Console(highlight=False), compare_owner=privileged) as show:
         policy = Policy(own_owner=not privileged)
-        request = _run.Request(images_dir=show.images, jobs=JOBS, policy=policy)
+        request = _run.Request(
+            images_dir=show.images, jobs=JOBS, policy=policy, run_dir=show.run_dir
+        )
         launched = launch()
 
         async def story() -> None:

@@ -73,6 +73,7 @@ class Demo:
         self._mountinfo = Path("/proc/self/mountinfo").read_bytes()
         _unpack(self._directory.name)
         self.images = os.path.join(self._directory.name, "images")
+        self.run_dir = os.path.join(self._directory.name, "run")
         expected = Path(self._directory.name, "expected.json").read_text(encoding="utf-8")
         self._expected: list[dict[str, Any]] = json.loads(expected)
         self._bar = Progress(console=console)

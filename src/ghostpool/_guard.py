@@ -1,61 +1,108 @@
 """The coordinator's side of the guardian: what is owed is told before it is changed.
 
-One message for each batch of changes, as for the workers. A guardian that died fails the restore,
-which is then undone by the coordinator itself; telling it that something is settled is best effort,
-since undoing twice is harmless.
+One message for each batch of changes, as for the workers; the guardian has it in the journal when
+it answers. A guardian that died fails the restore, which is then undone by the coordinator itself;
+telling it that something is settled is best effort, since undoing twice is harmless.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Hashable, Iterable, Sequence
+import time
+from collections.abc import AsyncIterator, Collection, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import anyio
 
-from ghostpool._errors import WorkerDied
+from ghostpool import _journal, _linux
+from ghostpool._errors import KernelError, WorkerDied
+from ghostpool._identity import boot_id, pid_namespace, start_time
+from ghostpool._journal import Anchor, JournalMount, JournalNamespace, JournalRun
 from ghostpool._model import MountHandle
+from ghostpool._planned import Plan
 from ghostpool._pool import WorkerPool
 from ghostpool._process import STOP_S, Child, ForkServer, Worker, WorkerFailure
 from ghostpool._protocol import RemoveOp
+
+Key = tuple[str, int]
 
 
 class Owed(NamedTuple):
     """How to undo one change: a mount to make read-only, or names to remove."""
 
-    key: tuple[str, int]
+    key: Key
     target: int
     mount: MountHandle
     removals: tuple[RemoveOp, ...] = ()
     """Empty: the mount itself is owed."""
+    anchor: Anchor | None = None
+    """Where the names are."""
 
 
 class Guard:
-    """A running guardian."""
+    """A running guardian and the journal that it keeps."""
 
-    def __init__(self, worker: Worker, pool: WorkerPool) -> None:
+    def __init__(self, worker: Worker, pool: WorkerPool, directory: int, name: str) -> None:
         self._worker = worker
         self._pool = pool
+        self._directory = directory
+        self._name = name
+        self._owed: set[Key] = set()
+        """For the case that the guardian is not there to be asked."""
+        self._lock_fd = -1
 
     @classmethod
     @asynccontextmanager
-    async def running(cls, server: ForkServer, pool: WorkerPool) -> AsyncIterator[Guard]:
-        """A guardian for the time of the block, which has settled everything by its end."""
+    async def running(
+        cls,
+        server: ForkServer,
+        pool: WorkerPool,
+        directory: int,
+        plan: Plan,
+        identities: Mapping[MountHandle, int],
+    ) -> AsyncIterator[Guard]:
+        """A guardian for the time of the block.
+
+        `directory` is the run directory, for the journal. At the end the journal is gone, unless
+        something could not be undone: then it stays for `ghostpool recover`. KernelError: the
+        journal can not be written, so nothing may be changed.
+        """
         worker = await server.worker("guardian", mount_setattr=pool.mount_setattr)
-        guard = cls(worker, pool)
+        guard = cls(worker, pool, directory, plan.token.decode() + _journal.SUFFIX)
         try:
+            await guard._open_journal(plan, identities)
             await pool.watch_with(guard.watch)
             yield guard
         finally:
             pool.watch_nobody()
             with anyio.CancelScope(shield=True):
-                # What is still owed now could not be undone, and the user has been told.
-                await guard.settle(None)
+                await guard._close()
                 await worker.stop()
                 worker.kill()
                 with anyio.move_on_after(STOP_S):
                     await worker.child.wait()
+            if guard._lock_fd >= 0:
+                os.close(guard._lock_fd)
+
+    async def _open_journal(self, plan: Plan, identities: Mapping[MountHandle, int]) -> None:
+        token = plan.token.decode()
+        records = _facts(token, plan, identities)
+        try:
+            _, (self._lock_fd,) = await self._worker.call(
+                "journal", token, records, fds=[self._directory]
+            )
+        except WorkerFailure as error:
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: WorkerFailure) -> KernelError:
+        failure = error.failure
+        return KernelError(
+            failure.errno,
+            "write",
+            self._name,
+            advice="the journal in the run directory can not be written",
+        )
 
     async def watch(self, child: Child) -> None:
         """A worker whose end the guardian must see before it undoes anything."""
@@ -63,12 +110,12 @@ class Guard:
             return  # it has ended already
         pidfd = os.dup(child.pidfd)
         try:
-            await self._worker.call("watch", fds=[pidfd])
+            await self._worker.call("watch", child.pid, fds=[pidfd])
         finally:
             os.close(pidfd)
 
     async def owe(self, records: Sequence[Owed]) -> None:
-        """Returns when the guardian knows. WorkerDied: it is gone, so nothing may be changed."""
+        """Returns when it is in the journal. WorkerDied, KernelError: nothing may be changed."""
         if not records:
             return
         request = [
@@ -77,16 +124,70 @@ class Guard:
                 "names" if record.removals else "mount",
                 record.target,
                 [tuple(removal) for removal in record.removals] or record.mount,
+                record.anchor and tuple(record.anchor),
             )
             for record in records
         ]
         targets = {record.target: self._pool.target_fd(record.target) for record in records}
         mounts = {record.mount: self._pool.mounts[record.mount] for record in records}
-        await self._worker.call("owe", request, namespaces=targets, mounts=mounts)
-
-    async def settle(self, keys: Iterable[Hashable] | None) -> None:
-        """These are undone, or were never done; None: everything is."""
+        self._owed.update(record.key for record in records)
         try:
-            await self._worker.call("settle", None if keys is None else list(keys))
+            await self._worker.call("owe", request, namespaces=targets, mounts=mounts)
+        except WorkerFailure as error:
+            raise self._not_written(error) from error
+
+    async def settle(self, keys: Collection[Key] | Literal["names"]) -> None:
+        """These are undone, or were never done; or all names are."""
+        self._owed.difference_update(
+            [key for key in self._owed if key[0] != "mount"] if keys == "names" else keys
+        )
+        try:
+            await self._worker.call("settle", keys if keys == "names" else list(keys))
         except (WorkerDied, WorkerFailure):
             pass  # it has nothing to undo then, or finds nothing to do
+
+    async def _close(self) -> None:
+        """Take the journal away if nothing is owed."""
+        try:
+            await self._worker.call("close")
+        except (WorkerDied, WorkerFailure):
+            if self._lock_fd >= 0 and not self._owed:
+                _journal.remove(self._directory, self._name)
+
+
+def _facts(token: str, plan: Plan, identities: Mapping[MountHandle, int]) -> list[Hashable]:
+    """The records that say who and what is meant by the numbers of this run."""
+    pid = os.getpid()
+    run = JournalRun(token, pid, start_time(pid), pid_namespace(), boot_id(), int(time.time()))
+    targets = {p.namespace.target.index: p.namespace.target for p in plan.mounts.values()}
+    namespaces = [
+        JournalNamespace(
+            target.index,
+            target.identity[1],
+            _linux.mount_namespace_id(target.fd),
+            target.label,
+            target.is_host,
+            target.enter,
+        )
+        for target in targets.values()
+    ]
+    mounts = []
+    for handle, planned in plan.mounts.items():
+        mount, identity = planned.mount, identities.get(handle, 0)
+        mounts.append(
+            JournalMount(
+                handle,
+                planned.namespace.target.index,
+                identity if identity != mount.mnt_id else 0,
+                mount.mnt_id,
+                mount.mountpoint,
+                mount.root,
+                mount.device,
+                int(mount.attributes),  # no flag: marshal takes nothing but plain values
+            )
+        )
+    return [
+        ("run", *run),
+        *(("namespace", *fields) for fields in namespaces),
+        *(("mount", *fields) for fields in mounts),
+    ]

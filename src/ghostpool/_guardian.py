@@ -2,9 +2,10 @@
 
 A process beside the workers that shares no fate with the others: its own session, no death signal
 of a parent, hard to choose for the OOM killer. Before a change is made it is told how to undo it,
-and holds the descriptors for that; when the coordinator's end of its socket closes while anything
-is still owed (SIGKILL, a crash), it makes sure that the workers are dead and undoes it, last
-things first. It does so with the workers' own code, so there is one way of undoing.
+writes that to the journal, and holds the descriptors for it; when the coordinator's end of its
+socket closes while anything is still owed (SIGKILL, a crash), it makes sure that the workers are
+dead and undoes it, last things first. It does so with the workers' own code, so there is one way
+of undoing. If it is killed too, the journal is what is left.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import time
 from typing import Any
 
 from ghostpool import _linux
+from ghostpool._identity import start_time
+from ghostpool._journal import Debts, JournalFile
 from ghostpool._protocol import BlockingChannel, EndOfStream
 from ghostpool._worker import Worker
 
@@ -32,50 +35,88 @@ class Guardian(Worker):
 
     def __init__(self, channel: BlockingChannel, mount_setattr: bool) -> None:
         super().__init__(channel, mount_setattr)
-        self._owed: dict[Any, tuple[str, int, Any]] = {}
-        """Key to kind ("mount" or "names"), target, and mount handle or removals."""
+        self._debts = Debts()
+        self._journal: JournalFile | None = None
         self._workers: list[int] = []
+        self._requests["journal"] = self._open_journal
         self._requests["owe"] = self._owe
         self._requests["settle"] = self._settle
         self._requests["watch"] = self._watch
+        self._requests["close"] = self._close
 
-    def _owe(self, _: list[int], records: list[tuple[Any, str, int, Any]]) -> None:
-        for key, kind, target, what in records:
-            # The latest word is about the latest change: it is undone first.
-            self._owed.pop(key, None)
-            self._owed[key] = (kind, target, what)
+    def _open_journal(self, out: list[int], token: str, records: list[tuple[Any, ...]]) -> None:
+        (directory,), self.given = self.given, []
+        self._journal = JournalFile.create(directory, token, records)
+        # The lock belongs to the open file description: it is held until both have closed it.
+        out.append(os.dup(self._journal.fileno()))
 
-    def _settle(self, _: list[int], keys: list[Any] | None) -> None:
-        if keys is None:
-            self._owed.clear()
-            return
-        for key in keys:
-            self._owed.pop(key, None)
+    def _owe(self, _: list[int], records: list[tuple[Any, ...]]) -> None:
+        assert self._journal is not None
+        self._journal.append("owe", records, sync=True)
+        self._debts.owe(records)
 
-    def _watch(self, _: list[int]) -> None:
+    def _settle(self, _: list[int], keys: list[Any] | str) -> None:
+        self._debts.settle(keys)
+        self._note("settle", keys)
+
+    def _watch(self, _: list[int], pid: int) -> None:
         self._workers += self.given
         self.given = []
+        try:
+            self._note("process", pid, start_time(pid))
+        except ProcessLookupError:
+            pass  # it has ended
+
+    def _note(self, *record: Any) -> None:
+        """Write down what saves work later, but is not needed to be right."""
+        try:
+            if self._journal is not None:
+                self._journal.append(*record)
+        except OSError:
+            pass
+
+    def _close(self, _: list[int]) -> bool:
+        """The run is over: whether nothing is owed, so that its journal could go.
+
+        What could not be undone stays in the journal, and the user has been told.
+        """
+        settled = not self._debts
+        if settled and self._journal is not None:
+            self._journal.remove()
+        self._debts.clear()
+        self._journal = None
+        return settled
 
     def undo(self) -> None:
         """Undo everything that is owed; what resists does not stop the rest."""
-        if not self._owed:
+        if self._journal is None:
             return
-        self._await_workers()
-        busy: list[tuple[int, int]] = []
-        for kind, target, what in reversed(self._owed.values()):
+        owed = len(self._debts)
+        if owed:
+            self._await_workers()
+        busy: list[Any] = []
+        for key, debt in reversed(self._debts.copy().items()):
             try:
-                self._enter(target)
-                if kind == "names":
-                    self._requests["remove"]([], what)
-                elif not self._revert(what):
-                    busy.append((target, what))
+                self._enter(debt.target)
+                if debt.kind == "mount":
+                    if self._revert(debt.what):
+                        self._settle([], [key])
+                    else:
+                        busy.append(key)
+                elif all(not answer[0] for answer in self._requests["remove"]([], debt.what)):
+                    self._settle([], [key])
             except Exception as error:  # noqa: BLE001  nobody is left to raise it to
-                _say(f"{kind}: {error!r}")
+                _say(f"{debt.kind}: {error!r}")
         give_up = time.monotonic() + BUSY_S
         while busy and time.monotonic() < give_up:
             time.sleep(0.05)
-            busy = [(target, handle) for target, handle in busy if not self._again(target, handle)]
-        _say(f"the run ended abruptly; undone: {len(self._owed)}, still busy: {len(busy)}")
+            busy = [key for key in busy if not self._again(key)]
+        left = len(self._debts)
+        if not left:
+            self._journal.remove()
+        if owed:
+            advice = ": run ghostpool recover" if left else ""
+            _say(f"the run ended abruptly; undone: {owed - left}, not yet: {left}{advice}")
 
     def _await_workers(self) -> None:
         """They die with the fork server, which ends with the coordinator; one may be in a call."""
@@ -90,12 +131,16 @@ class Guardian(Worker):
             poll.register(pidfd, select.POLLIN)
             poll.poll(max(0.0, give_up - time.monotonic()) * 1000)
 
-    def _again(self, target: int, handle: int) -> bool:
+    def _again(self, key: Any) -> bool:
+        debt = self._debts[key]
         try:
-            self._enter(target)
-            return self._revert(handle)
-        except Exception:  # noqa: BLE001  tried again, or told as busy
+            self._enter(debt.target)
+            if not self._revert(debt.what):
+                return False
+        except Exception:  # noqa: BLE001  tried again, or left to the journal
             return False
+        self._settle([], [key])
+        return True
 
     def _revert(self, handle: int) -> bool:
         """Whether the mount is read-only again, or gone."""

@@ -15,6 +15,7 @@ import anyio
 
 from ghostpool._errors import GhostpoolError, RevertError
 from ghostpool._guard import Guard, Owed
+from ghostpool._journal import Anchor
 from ghostpool._mend import left_behind, remove_command
 from ghostpool._model import MountHandle, live_of
 from ghostpool._paths import join, text
@@ -94,6 +95,7 @@ class Ledger:
                     target=planned.opening.mount.namespace.target.index,
                     mount=planned.opening.mount.service,
                     removals=tuple(self._link_ops(planned)),
+                    anchor=_anchor_of(planned),
                 )
                 for planned in opens
             ]
@@ -109,7 +111,7 @@ class Ledger:
         """Everything is undone, or has succeeded: what is still there is to stay."""
         self._links.clear()
         self._temporaries.clear()
-        await self._guard.settle(None)
+        await self._guard.settle("names")
 
     async def clear(self, keep: bool = False) -> list[str]:
         """Take all names away, last made first; what was left and why, for people.
@@ -242,7 +244,14 @@ def _owed(temporary: _Temporary) -> Owed:
         target=planned.mount.namespace.target.index,
         mount=planned.mount.service,
         removals=tuple(_temporary_ops(temporary)),
+        anchor=Anchor(planned.directory, *planned.group),
     )
+
+
+def _anchor_of(planned: PlannedOpen) -> Anchor:
+    components = planned.opening.site.directory.split(b"/")
+    existing = components[: len(components) - planned.missing]
+    return Anchor(b"/".join(existing), *planned.group)
 
 
 def _temporary_ops(temporary: _Temporary) -> Iterable[RemoveOp]:

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import struct
+import sys
 from collections.abc import Iterable
 from enum import IntFlag
 from typing import NamedTuple
@@ -351,6 +352,10 @@ def statmount(unique_id: int) -> MountState:
 
 _NS_GET_USERNS = 0xB701
 _NS_GET_NSTYPE = 0xB703
+_NS_GET_MNTNS_ID = 0x8008B705
+_NS_MNT_GET_NEXT = 0x8010B70B
+_NS_MNT_GET_PREV = 0x8010B70C
+_MNT_NS_INFO = struct.Struct("IIQ")
 
 
 def namespace_type(fd: int) -> int:
@@ -364,6 +369,36 @@ def owning_user_namespace(fd: int) -> int:
     EPERM: the owner is outside the caller's user namespace.
     """
     got = fcntl.ioctl(fd, _NS_GET_USERNS)
+    os.set_inheritable(got, False)
+    return got
+
+
+def mount_namespace_id(fd: int) -> int:
+    """A number of the mount namespace at `fd` that is never used again; 0 where there is none.
+
+    NS_GET_MNTNS_ID, ioctl_nsfs(2), Linux 6.11.
+    """
+    buffer = bytearray(8)
+    try:
+        fcntl.ioctl(fd, _NS_GET_MNTNS_ID, buffer)
+    except OSError:
+        return 0
+    return int.from_bytes(buffer, sys.byteorder)
+
+
+def next_mount_namespace(fd: int, *, back: bool = False) -> int | None:
+    """Descriptor of the mount namespace after (or before) the one at `fd`; None at the end.
+
+    NS_MNT_GET_NEXT, NS_MNT_GET_PREV, ioctl_nsfs(2), Linux 6.12. ENOTTY: an older kernel; EPERM:
+    not in the initial pid and user namespaces.
+    """
+    info = bytearray(_MNT_NS_INFO.pack(_MNT_NS_INFO.size, 0, 0))
+    try:
+        got: int = fcntl.ioctl(fd, _NS_MNT_GET_PREV if back else _NS_MNT_GET_NEXT, info)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
     os.set_inheritable(got, False)
     return got
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
+import anyio
+
 from ghostpool._errors import KernelError
 from ghostpool._model import MountHandle, live_of
 from ghostpool._paths import text
@@ -56,6 +58,14 @@ def remove_command(planned: PlannedMount, path: bytes, is_directory: bool) -> st
     if enter.isdecimal():
         return f"{tool} {_quoted(b'/proc/' + enter.encode() + b'/root' + inside)}"
     return f"nsenter --mount={shlex.quote(enter)} {tool} {_quoted(inside)}"
+
+
+async def describe_holders(mnt_id: int) -> str:
+    """Who keeps a mount busy, for people."""
+    from ghostpool._holders import holders  # psutil, which only this needs
+
+    found = await anyio.to_thread.run_sync(holders, mnt_id)
+    return ", ".join(map(str, found)) or "nobody any more"
 
 
 def _quoted(path: bytes) -> str:

@@ -11,7 +11,7 @@ import anyio
 
 from ghostpool._errors import KernelError, RevertError, WorkerDied
 from ghostpool._guard import Guard, Owed
-from ghostpool._mend import kernel_error, mend_command
+from ghostpool._mend import describe_holders, kernel_error, mend_command
 from ghostpool._model import MountHandle
 from ghostpool._planned import PlannedMount
 from ghostpool._pool import WorkerPool
@@ -149,16 +149,9 @@ class PoolMounts:
             return None  # taken off meanwhile: there is nothing left to put back
         problem = f"{planned.label} stays writable: {step}: {os.strerror(code)}"
         if code == errno.EBUSY:
-            problem += "; held for writing by " + await _describe_holders(planned.mount.mnt_id)
+            problem += "; held for writing by " + await describe_holders(planned.mount.mnt_id)
         return RevertError(problem, mend_command(planned))
 
 
 def _key(handle: MountHandle) -> tuple[str, int]:
     return ("mount", handle)
-
-
-async def _describe_holders(mnt_id: int) -> str:
-    from ghostpool._holders import holders  # psutil, which only this needs
-
-    found = await anyio.to_thread.run_sync(holders, mnt_id)
-    return ", ".join(map(str, found)) or "nobody any more"

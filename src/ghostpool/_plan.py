@@ -64,7 +64,7 @@ class Planner:
     def __init__(
         self, images: Images, namespaces: Mapping[NsId, Namespace], policy: Policy, token: bytes
     ) -> None:
-        self._plan = Plan(images)
+        self._plan = Plan(images, token)
         self._images = images
         self._namespaces = namespaces
         self._policy = policy

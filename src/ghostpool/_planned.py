@@ -151,6 +151,8 @@ class Plan:
     """Everything that a restore will do."""
 
     images: Images
+    token: bytes
+    """Random part of the temporary names; it names the run."""
     mounts: dict[MountHandle, PlannedMount] = field(default_factory=dict)
     ghosts: dict[GhostId, PlannedGhost] = field(default_factory=dict)
     tasks: list[PlannedTask] = field(default_factory=list)

@@ -167,6 +167,12 @@ class Removed(NamedTuple):
     errno: int
     step: str
     left: tuple[bytes, ...]
+    found: int
+    """What had the name: nothing, what was made there (now removed), or something else."""
+
+
+NOTHING, REMOVED, OTHER = range(3)
+"""Values of Removed.found."""
 
 
 class Report(NamedTuple):

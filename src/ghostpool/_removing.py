@@ -10,7 +10,7 @@ from typing import Any
 from ghostpool import _linux
 from ghostpool._directories import Directories
 from ghostpool._linux import INSIDE
-from ghostpool._protocol import Removed, RemoveOp
+from ghostpool._protocol import NOTHING, OTHER, REMOVED, Removed, RemoveOp
 
 
 class RemoveWork:
@@ -26,26 +26,28 @@ class RemoveWork:
     def _remove(self, operation: RemoveOp) -> Removed:
         step = "openat2"
         left: list[bytes] = []
+        found = NOTHING
         try:
             try:
                 directory = self._directories.open(operation.mount, operation.directory)
                 step = "fstatat"
                 status = os.stat(operation.name, dir_fd=directory, follow_symlinks=False)
                 own = (status.st_dev, status.st_ino) == (operation.device, operation.inode)
-                if own or not operation.inode:
+                found = REMOVED if own or not operation.inode else OTHER
+                if found == REMOVED:
                     step = "unlinkat"
                     if stat.S_ISDIR(status.st_mode):
                         self._remove_directory(operation)
                     else:
                         os.unlink(operation.name, dir_fd=directory)
             except FileNotFoundError:
-                pass
+                found = NOTHING
             step = "rmdir"
             if operation.parents:
                 left = self._directories.remove(operation.mount, self._parent_paths(operation))
         except OSError as error:
-            return Removed(error.errno or errno.EIO, step, ())
-        return Removed(0, "", tuple(left))
+            return Removed(error.errno or errno.EIO, step, (), found)
+        return Removed(0, "", tuple(left), found)
 
     def _parent_paths(self, operation: RemoveOp) -> list[bytes]:
         components = operation.directory.split(b"/")

@@ -14,10 +14,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import anyio
 
-from ghostpool import _buildspec, _linux
+from ghostpool import _buildspec, _journal, _linux
 from ghostpool._errors import PlanError, SandboxError
 from ghostpool._guard import Guard
 from ghostpool._images import read_images
@@ -28,9 +29,13 @@ from ghostpool._pool import WorkerPool
 from ghostpool._process import BuildFailed, ForkServer
 from ghostpool._report import Report
 from ghostpool._restore import Progress, Restoration, Restored, _silent
+from ghostpool._rundir import open_run_directory
 from ghostpool._sandbox import specs_from_images
 from ghostpool._survey import Survey
 from ghostpool._targets import Target, adopt, pin, resolve_namespaces
+
+if TYPE_CHECKING:
+    from ghostpool._recover import RecoveredRun
 
 log = logging.getLogger("ghostpool")
 _SPARE_FDS = 128
@@ -49,6 +54,8 @@ class Request:
     policy: Policy = field(default_factory=Policy)
     mount_setattr: bool = True
     """False: do as on Linux before 5.12, with mount(2)."""
+    run_dir: str | None = None
+    """Directory for the journal, in place of the usual one."""
 
 
 @dataclass(slots=True)
@@ -69,7 +76,11 @@ class Prepared:
     async def restored(self, progress: Progress = _silent) -> AsyncIterator[Restored]:
         """Carry the plan out and hold the descriptors for the time of the block."""
         async with AsyncExitStack() as stack:
-            guard = await stack.enter_async_context(Guard.running(self.server, self.pool))
+            directory = open_run_directory(self.request.run_dir)
+            stack.callback(os.close, directory)
+            guard = await stack.enter_async_context(
+                Guard.running(self.server, self.pool, directory, self.plan, self.identities)
+            )
             restoration = Restoration(
                 self.plan,
                 self.pool,
@@ -103,10 +114,12 @@ async def prepared(
     launched: Launched,
     report: Report,
     check: Callable[[Plan], None] = Plan.check,
+    *,
+    before: Callable[[ForkServer], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Prepared]:
     """Everything up to the first change. PlanError: the restore is ruled out.
 
-    `check` may raise for a plan that is not to be carried out.
+    `check` may raise for a plan that is not to be carried out; `before` is awaited first.
     """
     begun = time.monotonic()
     soft_limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -114,6 +127,8 @@ async def prepared(
     targets: list[Target] = []
     try:
         async with ForkServer.running(launched) as server:
+            if before is not None:
+                await before(server)
             images_fd = _open_directory(request.images_dir)
             try:
                 images = read_images(request.images_dir, directory_fd=images_fd)
@@ -226,9 +241,31 @@ async def run_restore(
     deliver: Delivery,
     progress: Progress = _silent,
 ) -> None:
-    """Restore, and hand the descriptors to `deliver` after the mounts are back."""
+    """Restore, and hand the descriptors to `deliver` after the mounts are back.
+
+    What runs that died still owe is undone first.
+    """
+
+    async def tidy(server: ForkServer) -> None:
+        directory = open_run_directory(request.run_dir)
+        try:
+            if _journal.pending(directory):
+                from ghostpool._recover import recover_pending
+
+                await recover_pending(server, directory)
+        finally:
+            os.close(directory)
+
     async with (
-        prepared(request, launched, report) as run,
+        prepared(request, launched, report, before=tidy) as run,
         run.restored(progress) as restored,
     ):
         await deliver(run, restored)
+
+
+async def run_recover(launched: Launched, directory: int, dry_run: bool) -> list[RecoveredRun]:
+    """Undo what dead runs owe; `directory` is the run directory."""
+    from ghostpool._recover import recover
+
+    async with ForkServer.running(launched) as server:
+        return await recover(server, directory, dry_run=dry_run)

@@ -29,6 +29,7 @@ from ghostpool._planned import PlannedTask
 from ghostpool._protocol import MAX_FDS, rights
 from ghostpool._restore import Restored
 from ghostpool._run import Delivery, Prepared
+from ghostpool._rundir import run_directory
 
 VERSION = 1
 ANSWER_S = 30.0
@@ -38,29 +39,6 @@ _UCRED = struct.Struct("3i")
 
 class Refused(Exception):
     """A consumer is sent away, with this reason."""
-
-
-def run_directory() -> str:
-    """Where sockets go: /run/ghostpool for root, else below XDG_RUNTIME_DIR; mode 0700.
-
-    PlanError: it is not ours alone.
-    """
-    if os.geteuid() == 0:
-        path = "/run/ghostpool"
-    else:
-        path = os.path.join(os.environ.get("XDG_RUNTIME_DIR") or "/tmp", _own_name())  # noqa: S108
-    try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        status = os.lstat(path)
-    except OSError as error:
-        raise PlanError(f"{path}: {error.strerror}: name a socket with --serve") from error
-    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise PlanError(f"{path} is open to others: name a socket with --serve")
-    return path
-
-
-def _own_name() -> str:
-    return f"ghostpool-{os.geteuid()}"
 
 
 class Listener:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 
-def _extents(name: str) -> list[tuple[int, int]]:
+def _extents(name: str) -> list[tuple[int, int, int]]:
     with open(f"/proc/self/{name}", encoding="ascii") as file:
-        rows = [line.split() for line in file]
-    return [(int(first), int(count)) for first, _, count in rows]
+        return [(int(a), int(b), int(c)) for a, b, c in map(str.split, file)]
+
+
+def outside_uid() -> int:
+    """The effective user id as the parent user namespace has it, where it is nobody else's."""
+    uid = os.geteuid()
+    for first, outside, count in _extents("uid_map"):
+        if first <= uid < first + count:
+            return outside + uid - first
+    return uid
 
 
 def maps_owner() -> Callable[[int, int], bool]:
@@ -16,8 +25,8 @@ def maps_owner() -> Callable[[int, int], bool]:
     uids, gids = _extents("uid_map"), _extents("gid_map")
 
     def mapped(uid: int, gid: int) -> bool:
-        return any(first <= uid < first + count for first, count in uids) and any(
-            first <= gid < first + count for first, count in gids
+        return any(first <= uid < first + count for first, _, count in uids) and any(
+            first <= gid < first + count for first, _, count in gids
         )
 
     return mapped

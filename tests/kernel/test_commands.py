@@ -446,8 +446,9 @@ def test_serving_where_something_is(stage: Stage, tmp_path: Path) -> None:
     assert stage.look() == stage.before
 
 
-def test_socket_in_the_run_directory(stage: Stage) -> None:
+def test_socket_in_the_run_directory(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default it is made in a directory of ours alone, and printed."""
+    monkeypatch.delenv("GHOSTPOOL_RUN_DIR")
     with (
         live(lambda: mount_tmpfs(Path("/run"))) as other,
         serving(*stage.where, prefix=entering(other)) as served,
@@ -465,8 +466,11 @@ def test_socket_in_the_run_directory(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize(("mode", "owner"), [(0o711, 0), (0o770, 0), (0o700, 1)])
-def test_run_directory_of_others(stage: Stage, mode: int, owner: int) -> None:
+def test_run_directory_of_others(
+    stage: Stage, mode: int, owner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run directory that others can enter, or own, is refused before anything is touched."""
+    monkeypatch.delenv("GHOSTPOOL_RUN_DIR")
 
     def setup() -> None:
         mount_tmpfs(Path("/run"))
@@ -478,7 +482,7 @@ def test_run_directory_of_others(stage: Stage, mode: int, owner: int) -> None:
         done = stage.run(prefix=entering(other))
         assert set(look(other.namespace, "/run").files) == {"/run", "/run/ghostpool"}
     assert (done.returncode, done.stdout) == (2, "")
-    one_line(done.stderr, "/run/ghostpool is open to others: name a socket with --serve")
+    one_line(done.stderr, "/run/ghostpool is open to others: name .* with GHOSTPOOL_RUN_DIR")
     assert stage.look() == stage.before
 
 

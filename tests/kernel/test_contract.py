@@ -25,6 +25,7 @@ from ghostpool._model import NsId
 from ghostpool._mountkernel import PoolMounts
 from ghostpool._report import Report
 from ghostpool._run import Request, prepared
+from ghostpool._rundir import open_run_directory
 from ghostpool.testing import FakeKernel
 from tests.support.imagewriter import ImageSet
 from tests.support.live import Live, live, process, read_only
@@ -166,7 +167,11 @@ def setting(
         namespaces = {NsId(10 + n): str(target.pid) for n, target in enumerate(targets)}
         request = Request(images_dir=str(images), jobs=2, namespaces=namespaces)
         async with prepared(request, launch(), Report()) as run, AsyncExitStack() as stack:
-            guard = await stack.enter_async_context(Guard.running(run.server, run.pool))
+            directory = open_run_directory()
+            stack.callback(os.close, directory)
+            guard = await stack.enter_async_context(
+                Guard.running(run.server, run.pool, directory, run.plan, run.identities)
+            )
             kernel = PoolMounts(run.pool, run.plan.mounts, guard)
             kernel.identities = dict(run.identities)
             names = {p.mount.mountpoint[1:].decode(): h for h, p in run.plan.mounts.items()}

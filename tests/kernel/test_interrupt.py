@@ -25,6 +25,7 @@ import psutil
 import pytest
 
 from ghostpool._linux import Attr
+from tests.support.crash import journals
 from tests.support.imagewriter import ImageSet
 from tests.support.live import (
     ROOT,
@@ -476,3 +477,9 @@ def test_mount_that_stays_busy(tmp_path: Path, flags: str) -> None:
         mended = subprocess.run(words, capture_output=True, text=True, check=False)
         assert (mended.returncode, mended.stderr) == (0, "")
         assert target.snapshot().without_directory_times() == before
+        # Its journal stays until somebody looks: recover would have done the same.
+        (journal,) = journals()
+        recovered = run("recover")
+        assert (recovered.status, journals()) == (0, []), recovered
+        assert recovered.out.splitlines()[1].endswith(": is read-only")
+        assert journal.removesuffix(".journal") in recovered.out

@@ -107,6 +107,10 @@ class Snapshot:
     mountinfo: bytes
     files: dict[str, Entry]
 
+    def names(self) -> set[tuple[str, int, str]]:
+        """Path, inode and content of every file."""
+        return {(path, entry.inode, entry.content) for path, entry in self.files.items()}
+
     def without_directory_times(self) -> Snapshot:
         """What must be equal after an undone restore: it did work in the directories."""
         return Snapshot(

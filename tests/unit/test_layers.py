@@ -16,7 +16,7 @@ LAYERS = [
     "_demo _fetch _serve",
     "_deliver _show",
     "_run",
-    "_report _restore _signals",
+    "_recover _report _restore _signals",
     "_survey",
     "_ledger _mountkernel",
     "_guard _mend",
@@ -25,8 +25,8 @@ LAYERS = [
     "_admission _holders _lease_table _slots",
     "_planned",
     "_match _sandbox",
-    "_images _process _targets _userns",
-    "_remaps",
+    "_images _namespaces _process _rundir _targets",
+    "_remaps _userns",
     "_filetable _ghostfile",
     "_imagemounts",
     "_imagefile _launch",
@@ -37,14 +37,14 @@ LAYERS = [
     "_worker",
     "_buildfiles _creating _mountwork _opening _removing",
     "_directories _failed",
-    "_protocol",
-    "_buildspec _mountinfo",
+    "_journal _protocol",
+    "_buildspec _identity _mountinfo",
     "_errors _linux",
 ]
 CHILD_SIDE = """
     _forkserver _guardian _build _descriptors _worker
     _buildfiles _creating _mountwork _opening _removing
-    _directories _failed _protocol _buildspec _mountinfo
+    _directories _failed _journal _protocol _buildspec _identity _mountinfo
 """
 
 

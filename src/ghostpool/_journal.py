@@ -1,0 +1,259 @@
+"""The journal: how to undo what a run changes, on disk before it is changed.
+
+    file   := MAGIC, record…
+    record := u32 length, u32 CRC-32 of the payload, <length> bytes of marshal (version 4)
+
+One file a run, written by its guardian. A record is a tuple that begins with its kind: `run`,
+`namespace`, `mount` and `process` say who and what is meant in terms that outlive the run, `owe`
+what is about to be changed, `settle` what is undone or was never done. An `owe` reaches the disk
+before the change is asked for; nothing else needs to, because undoing twice is harmless.
+
+A record that is cut, or whose sum is wrong, ends the journal where it begins: what it would have
+said had not been done yet, or was only the news that something is settled.
+
+The lock of a run is flock(2) on this file, held by the open file description that guardian and
+coordinator share: the kernel lets go of it when both are gone, however they went.
+"""
+
+from __future__ import annotations
+
+import binascii
+import fcntl
+import marshal
+import os
+import struct
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from ghostpool import _linux
+
+MAGIC = b"ghostpool journal 1\n"
+SUFFIX = ".journal"
+_HEAD = struct.Struct("<II")
+_MARSHAL = 4
+"""The version of marshal that every CPython from 3.4 on reads."""
+
+
+class JournalError(ValueError):
+    """The file is no journal that this version can act on."""
+
+
+class JournalRun(NamedTuple):
+    """Whose journal it is."""
+
+    token: str
+    """Part of the temporary names of the run."""
+    pid: int
+    start_time: int
+    pid_namespace: int
+    boot_id: str
+    begun: int
+    """Seconds since 1970."""
+
+
+class JournalNamespace(NamedTuple):
+    """A mount namespace that is worked in."""
+
+    number: int
+    """As in the plan and in the debts."""
+    inode: int
+    unique_id: int
+    """0 where the kernel has none (before Linux 6.11)."""
+    label: str
+    is_host: bool
+    enter: str | None
+    """Pid or path that the operator named it by."""
+
+
+class JournalMount(NamedTuple):
+    """A mount that is worked on, as it was found."""
+
+    handle: int
+    namespace: int
+    unique_id: int
+    """0 before Linux 6.8."""
+    mnt_id: int
+    mountpoint: bytes
+    root: bytes
+    device: int
+    attributes: int
+
+
+class JournalProcess(NamedTuple):
+    """A worker: as long as it lives, it may be in the middle of a change."""
+
+    pid: int
+    start_time: int
+
+
+class Anchor(NamedTuple):
+    """The directory that names are in, or the deepest one above them that was there before."""
+
+    path: bytes
+    """Relative to the root of the mount."""
+    device: int
+    inode: int
+
+
+class Debt(NamedTuple):
+    """How to undo one change."""
+
+    kind: str
+    """`mount`: make it read-only again; `names`: remove them."""
+    target: int
+    what: Any
+    """Handle of the mount; or removals, as the fields of RemoveOp."""
+    anchor: tuple[bytes, int, int] | None
+
+
+class Debts(dict[Any, Debt]):
+    """What is owed, by key; what was changed last comes last, and is undone first."""
+
+    def owe(self, records: Iterable[tuple[Any, ...]]) -> None:
+        """Enter (key, kind, target, what, anchor)."""
+        for key, *fields in records:
+            # The latest word is about the latest change.
+            self.pop(key, None)
+            self[key] = Debt(*fields)
+
+    def settle(self, keys: Iterable[Any] | str) -> None:
+        """Strike out these keys, or everything of a kind."""
+        if isinstance(keys, str):
+            keys = [key for key, debt in self.items() if debt.kind == keys]
+        for key in keys:
+            self.pop(key, None)
+
+
+class JournalFile:
+    """The open journal of a run, locked; appends to it."""
+
+    def __init__(self, directory: int, fd: int, name: str, end: int) -> None:
+        self._directory = directory
+        self._fd = fd
+        self._name = name
+        self._end = end
+
+    @classmethod
+    def create(cls, directory: int, token: str, records: Iterable[tuple[Any, ...]]) -> JournalFile:
+        """A new journal in the run directory, which is borrowed; on disk when this returns.
+
+        OSError: it can not be written, so nothing may be changed.
+        """
+        name = token + SUFFIX
+        hidden = f".{name}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(hidden, flags, 0o600, dir_fd=directory)
+        try:
+            # It gets its name only once it is locked: a journal without a lock is a dead run's.
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            journal = cls(directory, fd, name, 0)
+            data = MAGIC + b"".join(map(_frame, records))
+            _linux.write_all(fd, data, 0)
+            journal._end = len(data)
+            os.fdatasync(fd)
+            os.rename(hidden, name, src_dir_fd=directory, dst_dir_fd=directory)
+            os.fsync(directory)
+        except BaseException:
+            os.close(fd)
+            for one in (hidden, name):
+                try:
+                    os.unlink(one, dir_fd=directory)
+                except OSError:
+                    pass
+            raise
+        return journal
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def append(self, *record: Any, sync: bool = False) -> None:
+        """Write one record; with `sync`, it is on disk when this returns.
+
+        OSError: it is not in the journal, which is as it was.
+        """
+        data = _frame(record)
+        try:
+            _linux.write_all(self._fd, data, self._end)
+            if sync:
+                os.fdatasync(self._fd)
+        except OSError:
+            # Half a record would end the journal for those that follow it.
+            os.ftruncate(self._fd, self._end)
+            raise
+        self._end += len(data)
+
+    def remove(self) -> None:
+        """Nothing is owed any more."""
+        remove(self._directory, self._name)
+
+
+def pending(directory: int) -> list[str]:
+    """Names of the journals in a run directory, of living runs too."""
+    names = os.listdir(directory)
+    return sorted(name for name in names if name.endswith(SUFFIX) and name[0] != ".")
+
+
+def remove(directory: int, name: str) -> None:
+    """Take the journal `name` away; one that is gone already is as good."""
+    try:
+        os.unlink(name, dir_fd=directory)
+    except FileNotFoundError:
+        return
+    os.fsync(directory)
+
+
+def _frame(record: tuple[Any, ...]) -> bytes:
+    payload = marshal.dumps(tuple(record), _MARSHAL)
+    return _HEAD.pack(len(payload), binascii.crc32(payload)) + payload
+
+
+class Journal:
+    """What a journal says: `debts`, and who and what is meant by their numbers."""
+
+    def __init__(self, data: bytes) -> None:
+        """JournalError: not even the run can be told from it."""
+        self.namespaces: dict[int, JournalNamespace] = {}
+        self.mounts: dict[int, JournalMount] = {}
+        self.processes: list[JournalProcess] = []
+        self.debts = Debts()
+        run: JournalRun | None = None
+        if not data.startswith(MAGIC):
+            raise JournalError("it does not begin as a journal of this version does")
+        at = len(MAGIC)
+        try:
+            while (record := _record(data, at)) is not None:
+                (kind, *fields), at = record
+                if kind == "run":
+                    run = JournalRun(*fields)
+                elif kind == "namespace":
+                    self.namespaces[fields[0]] = JournalNamespace(*fields)
+                elif kind == "mount":
+                    self.mounts[fields[0]] = JournalMount(*fields)
+                elif kind == "process":
+                    self.processes.append(JournalProcess(*fields))
+                elif kind == "owe":
+                    self.debts.owe(fields[0])
+                elif kind == "settle":
+                    self.debts.settle(fields[0])
+                else:
+                    raise JournalError(f"it holds a record of an unknown kind, {kind!r}")
+        except (TypeError, ValueError, EOFError) as error:
+            raise JournalError(f"its record at byte {at} can not be read: {error}") from error
+        if run is None:
+            raise JournalError("it was cut before it says whose it is")
+        self.run = run
+        self.end = at
+        """Bytes up to the end of the last whole record: where one goes on writing."""
+        self.is_cut = at < len(data)
+        """Something follows the last whole record."""
+
+
+def _record(data: bytes, at: int) -> tuple[tuple[Any, ...], int] | None:
+    """The record at `at` and where it ends; None if there is no whole one."""
+    if len(data) - at < _HEAD.size:
+        return None
+    length, checksum = _HEAD.unpack_from(data, at)
+    payload = data[at + _HEAD.size : at + _HEAD.size + length]
+    if len(payload) < length or binascii.crc32(payload) != checksum:
+        return None
+    return marshal.loads(payload), at + _HEAD.size + length  # noqa: S302  root's own file

@@ -1,0 +1,569 @@
+"""`ghostpool recover`: what a run and its guardian left when both were killed.
+
+Every test kills everything at once, at a chosen call, and then has the command (or the next
+restore) put things back. What is compared is the kernel's own word: mount tables, and every file.
+"""
+
+from __future__ import annotations
+
+import binascii
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ghostpool import _linux
+from ghostpool._journal import MAGIC, Journal
+from ghostpool._linux import Attr
+from tests.kernel.test_guardian import IMAGES, look
+from tests.kernel.test_steps import CASE, IDS
+from tests.support.corpus import corpus
+from tests.support.crash import children, coordinate, journals, own_paths, run_directory, wait_for
+from tests.support.imagewriter import ImageSet
+from tests.support.live import Live, Run, Snapshot, live, process, read_only, run, tmpfs
+from tests.support.namespaces import built, enter
+from tests.support.truth import specs_from_truth
+
+pytestmark = pytest.mark.needs_mount_ns
+ATTRIBUTES = int(Attr.RDONLY | Attr.NOSUID | Attr.NODEV)
+
+
+@pytest.fixture(autouse=True)
+def _no_journal_stays() -> Iterator[None]:
+    assert journals() == []
+    yield
+    left = journals()
+    for name in left:
+        (run_directory() / name).unlink()
+    assert left == []
+
+
+# -- At each step -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def namespaces() -> Iterator[list[int]]:
+    _, truth = corpus(CASE)
+    with built(specs_from_truth(truth)) as fds:
+        yield fds
+
+
+def test_everything_killed_at_each_step(namespaces: list[int]) -> None:
+    """Coordinator, fork server, workers and guardian: the journal is what is left."""
+    before = look(namespaces)
+    where = own_paths(dict(zip(IDS, namespaces, strict=True)))
+    steps = int(coordinate(IMAGES, where).stdout)
+    changed = kept = 0
+    for step in range(4, steps, 2):
+        when = ("before", "after")[step // 2 % 2]
+        done = coordinate(IMAGES, where, step, when=when)  # type: ignore[arg-type]
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert wait_for(lambda: not children()), (step, when)
+        left = look(namespaces)
+        if left != before:
+            changed += 1
+            assert len(journals()) == 1, (step, when)
+            if changed % 4 == 1:
+                looked = run("recover", "--dry-run")
+                assert (looked.status, look(namespaces)) == (0, left), looked
+        kept += bool(journals())
+        recovered = run("recover")
+        assert recovered.status == 0, (step, when, recovered)
+        assert look(namespaces) == before, (step, when)
+        assert journals() == [], (step, when)
+    assert changed >= 5
+    assert kept >= changed
+
+
+# -- A small scene to be disturbed --------------------------------------------------------------
+
+
+def images(directory: Path) -> Path:
+    made = ImageSet()
+    made.mount("/")
+    made.mount("/data", flags=0x200001)
+    made.mount("/other", flags=0x200001)
+    made.task(1)
+    made.open(1, 3, "/data/d/gone", ghost=made.ghost(b"content"))
+    made.open(1, 4, "/data/d/a/b/gone", ghost=made.ghost(b"more"))
+    made.open(1, 5, "/other/gone", ghost=made.ghost(b"other"))
+    return made.write(directory)
+
+
+MOUNTS = (
+    read_only(2, b"/data", "d/", "keep", attributes=ATTRIBUTES),
+    read_only(3, b"/other", "keep"),
+)
+
+
+class Scene:
+    """A target, and a run that died in it."""
+
+    def __init__(self, target: Live, directory: Path) -> None:
+        self.target = target
+        self.images = directory
+        self.before = self.look()
+
+    def look(self) -> Snapshot:
+        return self.target.snapshot().without_directory_times()
+
+    def crash(self, kind: str = "make_writable", **options: Any) -> None:
+        """Kill everything right after the first call of a kind: mounts are writable, say."""
+        done = coordinate(self.images, {10: str(self.target.pid)}, 0, kind=kind, **options)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert wait_for(lambda: not children())
+        assert len(journals()) == 1
+
+    def temporaries(self) -> list[str]:
+        files = [path.rpartition("/")[2] for path in self.look().files]
+        return [name for name in files if name.startswith(".ghostpool-")]
+
+    def assert_as_before(self) -> None:
+        now = self.look()
+        assert now.mountinfo == self.before.mountinfo
+        assert now.files == self.before.files
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    with live(MOUNTS) as (target,):
+        yield Scene(target, images(tmp_path / "images"))
+
+
+def recovered(*options: str) -> Run:
+    done = run("recover", *options)
+    assert (done.status, done.err) == (0, ""), done
+    return done
+
+
+def test_says_what_it_did(scene: Scene) -> None:
+    scene.crash()
+    assert scene.target.is_writable(b"/data")
+    assert len(scene.temporaries()) == 3
+    done = recovered()
+    first, *lines = done.out.splitlines()
+    assert first.endswith(": recovered")
+    assert sum("/data in mnt:[" in line and line.endswith(": read-only again") for line in lines)
+    assert sum(".ghostpool-" in line and line.endswith(": removed") for line in lines) == 3
+    scene.assert_as_before()
+    assert recovered().out == ""
+
+
+def test_json(scene: Scene) -> None:
+    scene.crash()
+    token = journals()[0].removesuffix(".journal")
+    document = json.loads(recovered("--json", "--dry-run").out)
+    assert document["schema"] == 1
+    (found,) = document["runs"]
+    assert (found["run"], found["state"], found["refused"]) == (token, "recovered", [])
+    assert len(found["done"]) >= 5
+    assert json.loads(recovered("--json").out)["runs"][0]["run"] == token
+    assert json.loads(recovered("--json").out)["runs"] == []
+    scene.assert_as_before()
+
+
+@pytest.mark.parametrize("kind", ["create", "make_writable", "open", "make_read_only", "remove"])
+@pytest.mark.parametrize("mount_setattr", [True, False])
+def test_the_next_restore_does_it_first(scene: Scene, kind: str, mount_setattr: bool) -> None:
+    scene.crash(kind, mount_setattr=mount_setattr)
+    done = run("restore", "-D", scene.images, "-t", scene.target.pid, "--discard")
+    assert done.status == 0, done
+    if kind != "remove":
+        assert "left by run " in done.err
+    scene.assert_as_before()
+    assert journals() == []
+
+
+def test_a_plan_leaves_it_alone(scene: Scene) -> None:
+    """It changes nothing: not what another run left, either."""
+    scene.crash()
+    left = scene.look()
+    done = run("plan", "-D", scene.images, "-t", scene.target.pid)
+    assert done.status == 0
+    assert scene.look() == left
+    recovered()
+
+
+def test_kept_names_of_a_dead_run(scene: Scene) -> None:
+    """Until the run succeeds, a name that was to be kept is one that is owed."""
+    scene.crash("open", keep=True)
+    recovered()
+    scene.assert_as_before()
+
+
+# -- What others did meanwhile ------------------------------------------------------------------
+
+
+def attributes(target: Live, mountpoint: bytes, *, add: int = 0, clear: int = 0) -> None:
+    def change() -> None:
+        fd = os.open(mountpoint, os.O_PATH)
+        _linux.mount_setattr(fd, attr_set=add, attr_clr=clear)
+
+    target.inside(change)
+
+
+def test_changed_options_are_left_alone(scene: Scene) -> None:
+    scene.crash()
+    attributes(scene.target, b"/data", add=int(Attr.NOEXEC))
+    left = run("recover")
+    assert left.status == 3, left
+    (line,) = [line for line in left.out.splitlines() if "changed its options" in line]
+    assert "noexec" in line
+    assert scene.target.is_writable(b"/data")
+    assert not scene.target.is_writable(b"/other")  # the others are done
+    assert scene.temporaries() == []
+    assert len(journals()) == 1
+    attributes(scene.target, b"/data", clear=int(Attr.NOEXEC))
+    recovered()
+    scene.assert_as_before()
+
+
+def test_put_back_by_hand(scene: Scene) -> None:
+    """Who made it read-only, with whatever options, has done the job."""
+    scene.crash()
+    attributes(scene.target, b"/data", add=int(Attr.RDONLY | Attr.NOEXEC))
+    recovered()
+    assert not scene.target.is_writable(b"/data")
+    attributes(scene.target, b"/data", clear=int(Attr.NOEXEC))
+    scene.assert_as_before()
+
+
+def test_mount_that_was_taken_off(scene: Scene) -> None:
+    """Nor is the one touched that stands in its place now, and looks the same."""
+    scene.crash()
+
+    def exchange() -> None:
+        _linux.umount2(b"/data", _linux.MNT_DETACH)
+        flags = _linux.MS_NOSUID | _linux.MS_NODEV
+        _linux.mount(b"t2", b"/data", b"tmpfs", flags)
+
+    scene.target.inside(exchange)
+    done = recovered()
+    assert "/data" in done.out
+    assert "taken off" in done.out
+    assert scene.target.is_writable(b"/data")
+    assert not scene.target.is_writable(b"/other")
+
+
+def test_hidden_mount(scene: Scene) -> None:
+    """No path leads to it: it is left, and done when it can be reached again."""
+    scene.crash()
+    scene.target.inside(lambda: _linux.mount(b"over", b"/data", b"tmpfs", 0))
+    left = run("recover")
+    assert left.status == 3, left
+    assert "hides it" in left.out
+    scene.target.inside(lambda: _linux.umount2(b"/data", 0))
+    recovered()
+    scene.assert_as_before()
+
+
+def test_moved_mount(scene: Scene) -> None:
+    """It is found by its number, not by its path."""
+    scene.crash()
+
+    def move(source: bytes, target: bytes) -> Callable[[], None]:
+        def child() -> None:
+            os.makedirs(target, exist_ok=True)
+            fd = _linux.open_tree(_linux.AT_FDCWD, source)
+            _linux.move_mount(fd, _linux.AT_FDCWD, target)
+
+        return child
+
+    scene.target.inside(move(b"/data", b"/elsewhere"))
+    recovered()
+    scene.target.inside(move(b"/elsewhere", b"/data"))
+    scene.target.inside(lambda: os.rmdir("/elsewhere"))
+    lines = scene.look().mountinfo.splitlines()
+    assert sorted(lines) == sorted(scene.before.mountinfo.splitlines())
+    assert scene.temporaries() == []
+
+
+def test_name_that_another_file_has(scene: Scene) -> None:
+    """The old name of a ghost is removed only where it is the ghost."""
+    scene.crash("open")  # with its answer lost, the names are owed, though they are gone
+
+    def put() -> None:
+        Path("/data/d/gone").write_text("somebody's")
+
+    scene.target.inside(put)  # the mount is writable still
+    done = recovered()
+    assert "another file has the name now" in done.out
+    found = scene.target.inside(lambda: Path("/data/d/gone").read_text())
+    assert found == "somebody's"
+
+
+def test_directory_that_was_exchanged(scene: Scene) -> None:
+    scene.crash()
+
+    def exchange() -> None:
+        os.rename("/data/d", "/data/moved")
+        os.mkdir("/data/d", 0o755)
+
+    scene.target.inside(exchange)
+    left = run("recover")
+    assert left.status == 3, left
+    assert "another directory has the name now" in left.out
+    assert not scene.target.is_writable(b"/data")
+    assert len(scene.temporaries()) == 2
+    assert run("recover").status == 3
+    token = journals()[0].removesuffix(".journal")
+    assert run("recover", "--forget", token).status == 0
+    assert journals() == []
+    unknown = run("recover", "--forget", token)
+    assert (unknown.status, unknown.err.count("\n")) == (2, 1)
+
+
+def test_busy_mount(scene: Scene) -> None:
+    """Exit status 3, and who holds it."""
+    scene.crash()
+
+    def body(ready: Callable[[], None]) -> None:
+        enter(scene.target.fd)
+        os.open("/data/keep", os.O_RDWR)
+        ready()
+        signal.pause()
+
+    with process(body) as pid:
+        left = run("recover")
+        assert left.status == 3, left
+        assert f"pid {pid} (" in left.out
+        assert scene.target.is_writable(b"/data")
+        assert scene.temporaries() == []
+    recovered()
+    scene.assert_as_before()
+
+
+# -- Namespaces that are gone -------------------------------------------------------------------
+
+
+def test_namespace_is_gone(tmp_path: Path) -> None:
+    """Mounts are gone with it, and there is nothing else to undo."""
+    with live(MOUNTS) as (target,):
+        Scene(target, images(tmp_path / "images")).crash()
+    done = recovered()
+    assert "its namespace is gone" in done.out
+
+
+def test_namespace_that_only_a_file_keeps(scene: Scene) -> None:
+    """No process is in it, but somebody may enter it again."""
+    scene.crash()
+    os.kill(scene.target.pid, signal.SIGSTOP)  # it must not matter
+    recovered()
+    os.kill(scene.target.pid, signal.SIGCONT)
+    scene.assert_as_before()
+
+
+def test_names_outlive_their_namespace(tmp_path: Path) -> None:
+    """A dead container's volume: they are found through the mount that it was bound from."""
+    volume = tmp_path / "volume"
+    (volume / "d").mkdir(parents=True)
+    data = tmpfs(2, b"/data", external=os.fsencode(volume), attributes=ATTRIBUTES)
+    with live([data, read_only(3, b"/other", "keep")]) as (target,):
+        Scene(target, images(tmp_path / "images")).crash()
+    assert len([path.name for path in volume.rglob(".ghostpool-*")]) == 2
+    done = recovered()
+    assert "its namespace is gone" in done.out
+    assert [path.name for path in volume.rglob("*")] == ["d"]
+
+
+# -- Whose journal it is ------------------------------------------------------------------------
+
+
+def test_a_living_run_is_left_alone(scene: Scene) -> None:
+    """Its journal is locked, whatever its owner does."""
+    code = """
+import os, signal, sys
+from ghostpool._process import Worker
+call = Worker.call
+async def stopping(self, request, *args, **keywords):
+    result = await call(self, request, *args, **keywords)
+    if request == "make_writable":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return result
+Worker.call = stopping
+sys.argv[0] = "ghostpool"
+from ghostpool._cli import main
+main()
+"""
+    arguments = ["restore", "-D", str(scene.images), "-t", str(scene.target.pid), "--discard"]
+    with subprocess.Popen([sys.executable, "-c", code, *arguments]) as restore:
+        try:
+            assert wait_for(lambda: _is_stopped(restore.pid))
+            (journal,) = journals()
+            done = recovered()
+            assert done.out.strip() == f"run {journal.removesuffix('.journal')}: alive"
+            assert scene.target.is_writable(b"/data")
+            refused = run("recover", "--forget", journal.removesuffix(".journal"))
+            assert (refused.status, "is alive" in refused.err) == (2, True)
+        finally:
+            restore.send_signal(signal.SIGCONT)
+        assert restore.wait(30) == 0
+    scene.assert_as_before()
+
+
+def _is_stopped(pid: int) -> bool:
+    return b") T " in Path(f"/proc/{pid}/stat").read_bytes()
+
+
+def test_after_a_reboot(scene: Scene) -> None:
+    """Numbers of another boot mean nothing: whatever has them now is left alone."""
+    scene.crash()
+    (name,) = journals()
+    path = run_directory() / name
+    kept = path.read_bytes()
+    own = Path("/proc/sys/kernel/random/boot_id").read_text().strip().encode()
+    path.write_bytes(_with(kept, own, b"00000000-0000-4000-8000-000000000000"))
+    left = scene.look()
+    done = recovered()
+    assert "started anew" in done.out
+    assert scene.look() == left
+    assert journals() == []
+    path.write_bytes(kept)
+    recovered()
+    scene.assert_as_before()
+
+
+def _with(data: bytes, old: bytes, new: bytes) -> bytes:
+    """The journal with other bytes in its first record, and a right sum again."""
+    at = len(MAGIC)
+    length, _ = struct.unpack_from("<II", data, at)
+    payload = data[at + 8 : at + 8 + length].replace(old, new)
+    assert len(payload) == length
+    head = struct.pack("<II", length, binascii.crc32(payload))
+    return data[:at] + head + payload + data[at + 8 + length :]
+
+
+def test_no_journal(scene: Scene) -> None:
+    path = run_directory() / "0123456789ab.journal"
+    path.write_bytes(b"something else")
+    left = run("recover")
+    assert left.status == 3
+    assert "unreadable" in left.out
+    assert path.read_bytes() == b"something else"
+    assert run("recover", "--forget", "0123456789ab").status == 0
+    scene.assert_as_before()
+
+
+def test_truncated_at_each_record(scene: Scene) -> None:
+    """Never a wrong undo: every cut leaves the target as before the run, or as the cut found it.
+
+    That a cut inside a record means the same as one before it: tests/unit/test_journal.py, at
+    every byte.
+    """
+    scene.crash("open")
+    (name,) = journals()
+    path = run_directory() / name
+    whole = path.read_bytes()
+    left = scene.look()
+    journal = Journal(whole)
+    ends = _record_ends(whole)
+    assert len(ends) >= 6
+    lines_before = set(scene.before.mountinfo.splitlines())
+    for end in [*ends[1:-1], ends[-1] - 1]:
+        path.write_bytes(whole[:end])
+        done = run("recover")
+        assert done.status == 0, (end, done)
+        now = scene.look()
+        # What was there before is there, and nothing is there that was not left by the run.
+        assert scene.before.names() <= now.names() <= left.names()
+        # Mounts: each is as before, or as it was left.
+        for line, found, as_left in zip(
+            scene.before.mountinfo.splitlines(),
+            now.mountinfo.splitlines(),
+            left.mountinfo.splitlines(),
+            strict=True,
+        ):
+            assert found in (line, as_left)
+    assert journal.debts
+    path.write_bytes(whole)
+    recovered()
+    scene.assert_as_before()
+    assert set(scene.look().mountinfo.splitlines()) == lines_before
+
+
+def _record_ends(data: bytes) -> list[int]:
+    ends = [len(MAGIC)]
+    while ends[-1] < len(data):
+        length = int.from_bytes(data[ends[-1] : ends[-1] + 4], "little")
+        ends.append(ends[-1] + 8 + length)
+    return ends
+
+
+# -- The run directory --------------------------------------------------------------------------
+
+
+def test_sockets_of_dead_servers(scene: Scene) -> None:
+    """One that is listened to stays."""
+    dead, alive = (run_directory() / f"{n}-0123.sock" for n in (1, 2))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as one:
+        one.bind(str(dead))
+        one.listen()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        other.bind(str(alive))
+        other.listen()
+        recovered()
+        assert journals() == [alive.name]
+    alive.unlink()
+    scene.assert_as_before()
+
+
+def test_journal_can_not_be_written(scene: Scene, tmp_path: Path) -> None:
+    """Nothing is changed then: not at the start, and not in the middle."""
+    for kept in (0, 4096):
+        done = _with_full_run_directory(scene, tmp_path / f"full-{kept}", kept)
+        assert done.returncode == 1, done
+        assert "ENOSPC" in done.stderr
+        assert "the journal in the run directory can not be written" in done.stderr
+        scene.assert_as_before()
+
+
+_FULL = """
+import os, sys
+from ghostpool import _linux
+directory, kept = sys.argv[1], int(sys.argv[2])
+_linux.unshare(_linux.CLONE_NEWNS)
+_linux.mount(None, b"/", None, _linux.MS_REC | _linux.MS_PRIVATE)
+context = _linux.fsopen(b"tmpfs")
+for key, value in ((b"size", b"16k"), (b"mode", b"700")):
+    _linux.fsconfig(context, _linux.FSCONFIG_SET_STRING, key, value)
+_linux.fsconfig(context, _linux.FSCONFIG_CMD_CREATE)
+_linux.move_mount(_linux.fsmount(context), _linux.AT_FDCWD, directory.encode())
+with open(directory + "/filler", "wb") as file:
+    file.write(bytes(16384 - kept))
+os.environ["GHOSTPOOL_RUN_DIR"] = directory
+os.execv(sys.executable, [sys.executable, "-m", "ghostpool", *sys.argv[3:]])
+"""
+
+
+def _with_full_run_directory(
+    scene: Scene, directory: Path, kept: int
+) -> subprocess.CompletedProcess[str]:
+    """A restore whose run directory has room for `kept` bytes; many opens need more."""
+    made = ImageSet()
+    made.mount("/")
+    made.mount("/data", flags=0x200001)
+    made.task(1)
+    ghost = made.ghost(b"content")
+    for number in range(300):
+        made.open(1, 3 + number, f"/data/d/gone-{number}", ghost=ghost)
+    path = made.write(directory.with_suffix(".images"))
+    directory.mkdir()
+    arguments = ["restore", "-D", str(path), "-t", str(scene.target.pid), "--discard"]
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL, str(directory), str(kept), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    shutil.rmtree(directory)
+    return done
