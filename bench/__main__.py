@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import mounts, slope, start
+from bench import guard, mounts, slope, start
 from bench.measure import Answer, Setting
 from bench.scene import BenchError, in_private_namespace
 
@@ -22,6 +22,7 @@ QUESTIONS: dict[str, Callable[[Setting], Answer]] = {
     "start": start.measure,
     "slope": slope.measure,
     "mounts": mounts.measure,
+    "guard": guard.measure,
 }
 
 

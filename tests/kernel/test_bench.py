@@ -209,3 +209,13 @@ def test_rivals_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
     samples = alternate("turns", {name: lambda n=name: order.append(n) for name in names}, 3)  # type: ignore[misc]
     assert "".join(order) == "abc" + "abc" + "cba" + "abc"
     assert {name: len(values) for name, values in samples.items()} == dict.fromkeys(names, 3)
+
+
+def test_guard_runs_to_its_end(tmp_path: Path) -> None:
+    """A run that is killed on purpose leaves nothing, and the others do the same work."""
+    done = bench(tmp_path, "--quick", "--only", "guard", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    assert "| 1.00 | neither told anything |" in done.stdout
+    samples = json.loads((tmp_path / "samples.json").read_text())["answers"][0]["seconds"]
+    assert len(samples) == 5
+    assert all(0 < value < 60 for values in samples.values() for value in values)
