@@ -22,13 +22,15 @@ class CreateWork:
     def __init__(self, directories: Directories, own_fds: int) -> None:
         self._directories = directories
         self._own_fds = own_fds
-        self.images = -1
-        """Directory that contents are read from."""
+        self._images = -1
         self._step = ""
         """The system call in progress, for the failure."""
 
-    def do_create(self, out: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
-        """Make ghosts under temporary names."""
+    def do_create(
+        self, out: list[int], operations: list[tuple[Any, ...]], images: int
+    ) -> list[Any]:
+        """Make ghosts under temporary names; `images` is the directory that contents are in."""
+        self._images = images
         done: list[Any] = []
         for index, fields in enumerate(operations):
             operation = CreateOp(*fields)
@@ -126,7 +128,7 @@ class CreateWork:
         if operation.extents:
             self._step = "open of the image"
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            image = os.open(operation.image, flags, dir_fd=self.images)
+            image = os.open(operation.image, flags, dir_fd=self._images)
             try:
                 for offset, length, position in operation.extents:
                     self._copy(image, position, fd, offset, length)

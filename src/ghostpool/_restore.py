@@ -211,6 +211,7 @@ class Restoration:
                 request,
                 target=ghosts[0].mount.namespace.target.index,
                 mounts={planned.mount.service for planned in ghosts},
+                fds=[self._pool.images],
             )
         except WorkerFailure as error:
             for planned, fields in zip(ghosts, error.failure.done, strict=False):
