@@ -14,6 +14,7 @@ from ghostpool._linux import INSIDE
 from ghostpool._protocol import Created, CreateOp, Placed, PlaceOp
 
 _COPY_CHUNK = 1 << 20
+_NEW_NS = 10 * 10**9
 
 
 class CreateWork:
@@ -61,7 +62,7 @@ class CreateWork:
             self._step = "symlinkat"
             os.symlink(operation.target, name, dir_fd=directory)
         else:
-            os.mknod(name, operation.mode, operation.rdev, dir_fd=directory)
+            os.mknod(name, kind | 0o600, operation.rdev, dir_fd=directory)
         try:
             self._step = "openat2"
             flags = os.O_NOFOLLOW
@@ -69,12 +70,7 @@ class CreateWork:
             fd = _linux.openat2(directory, name, flags, INSIDE)
             try:
                 status = os.fstat(fd)
-                # A task of the container sees the name and may have swapped what it leads to.
-                if (
-                    stat.S_IFMT(status.st_mode) != kind
-                    or status.st_rdev != operation.rdev
-                    or status.st_uid != os.geteuid()
-                ):
+                if not _is_new(status, kind, operation.rdev, os.fstat(directory)):
                     raise Mismatch("identity of the new file")
                 self._step = "fchownat"
                 _linux.lchown_fd(fd, operation.uid, operation.gid)
@@ -189,3 +185,21 @@ class CreateWork:
         except BaseException:
             self._directories.remove(operation.mount, made)
             raise
+
+
+def _is_new(status: os.stat_result, kind: int, rdev: int, directory: os.stat_result) -> bool:
+    """Whether this can be what was just made in the directory.
+
+    No call makes such a file and opens it; a task of the container sees the name and may have
+    moved something else there, of root perhaps, whose owner would be changed. What it has not
+    made itself it can give no other mode or time: so it must be closed to others and as young as
+    the directory's latest change, by the file system's own clock.
+    """
+    open_to_others = kind != stat.S_IFLNK and status.st_mode & 0o5077
+    return (
+        stat.S_IFMT(status.st_mode) == kind
+        and status.st_rdev == rdev
+        and status.st_uid == os.geteuid()
+        and not open_to_others
+        and abs(status.st_mtime_ns - directory.st_mtime_ns) < _NEW_NS
+    )

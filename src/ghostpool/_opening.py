@@ -64,7 +64,9 @@ class OpenWork:
             if operation.keep:
                 return Opened(used, ())
             self._step = "unlinkat"
-            os.unlink(operation.names[used], dir_fd=link_to)
+            # Whoever has put another file there since keeps it.
+            if self._is_ours(operation, link_to, operation.names[used]):
+                os.unlink(operation.names[used], dir_fd=link_to)
             linked = False
         except BaseException:
             if linked:
@@ -104,11 +106,20 @@ class OpenWork:
         return (status.st_dev, status.st_ino) == (operation.device, operation.inode)
 
     def _unlink_own(self, operation: OpenOp, directory: int, name: bytes) -> None:
-        if self._is_ours(operation, directory, name):
-            try:
+        """Also if something else had the temporary name when it was linked: it still has that."""
+        try:
+            if self._is_ours(operation, directory, name) or self._is_link(
+                operation, directory, name
+            ):
                 os.unlink(name, dir_fd=directory)
-            except OSError:
-                pass
+        except OSError:
+            pass
+
+    def _is_link(self, operation: OpenOp, directory: int, name: bytes) -> bool:
+        source = self._directories.open(operation.link, operation.temp_directory)
+        old = os.stat(operation.temp_name, dir_fd=source, follow_symlinks=False)
+        new = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        return os.path.samestat(old, new)
 
     def _open_checked(self, operation: OpenOp, directory: int, name: bytes) -> int:
         is_fifo = stat.S_ISFIFO(operation.mode)
