@@ -158,8 +158,10 @@ class CreateWork:
             self._step = "mkdirat"
             try:
                 done.append(tuple(self._place(operation)))
-            except OSError as error:
+            except (Mismatch, OSError) as error:
                 path = b"/".join([operation.directory, *operation.parents, operation.final[0]])
+                if isinstance(error, Mismatch):
+                    raise Failed(index, 0, str(error), path, operation.mount, done) from error
                 code = error.errno or errno.EIO
                 raise Failed(index, code, self._step, path, operation.mount, done) from error
         return done
@@ -181,6 +183,11 @@ class CreateWork:
                         raise
                 else:
                     break
+            status = os.stat(name, dir_fd=to, follow_symlinks=False)
+            if (status.st_dev, status.st_ino) != (operation.device, operation.inode):
+                # What somebody has put under the temporary name is his, and goes back there.
+                _linux.renameat2(to, name, source, operation.name, _linux.RENAME_NOREPLACE)
+                raise Mismatch("identity: another file has the temporary name")
             return Placed(number, len(made))
         except BaseException:
             self._directories.remove(operation.mount, made)

@@ -243,12 +243,15 @@ class Restoration:
 
     async def _place(self, slot: int, planned: PlannedGhost) -> None:
         await self._ledger.placing(planned)
+        created = self._ledger.result(planned.ghost.id)
         operation = PlaceOp(
             planned.mount.service,
             planned.directory,
             planned.name,
             planned.parents,
             planned.final,
+            created.device,
+            created.inode,
         )
         try:
             (fields,), _ = await self._pool.call(

@@ -21,7 +21,7 @@ from ghostpool._creating import CreateWork
 from ghostpool._directories import Directories
 from ghostpool._failed import Mismatch
 from ghostpool._opening import OpenWork
-from ghostpool._protocol import CreateOp, OpenOp, RemoveOp
+from ghostpool._protocol import CreateOp, OpenOp, PlaceOp, RemoveOp
 from ghostpool._removing import RemoveWork
 from tests.attackers.arena import Canary, Result, _wrong, arena, run
 from tests.attackers.attacks import ATTACKS
@@ -193,6 +193,26 @@ def test_what_is_new_is_taken_for_new(bench: Bench, kind: int) -> None:
     status = (bench.path / ".ghostpool-1").lstat()
     assert (stat.S_IFMT(status.st_mode), status.st_uid, status.st_gid) == (kind, 7, 8)
     assert stat.S_IMODE(status.st_mode) == 0o777
+
+
+def test_what_was_moved_there_is_not_moved_on(bench: Bench) -> None:
+    """A directory of somebody else has a directory ghost's temporary name: it keeps its own."""
+    ours, theirs = bench.path / ".ghostpool-1", bench.path / "theirs"
+    ours.mkdir()
+    status = ours.stat()
+    operation = PlaceOp(
+        0, b"", b".ghostpool-1", (b"parent",), (b"name",), status.st_dev, status.st_ino
+    )
+    ours.rename(bench.path / "aside")
+    theirs.mkdir()
+    theirs.rename(ours)
+    with pytest.raises(Mismatch, match="temporary name"):
+        bench.creating._place(operation)
+    assert sorted(os.listdir(bench.path)) == [".ghostpool-1", "aside"]
+    ours.rename(theirs)
+    (bench.path / "aside").rename(ours)
+    bench.creating._place(operation)
+    assert os.listdir(bench.path / "parent") == ["name"]
 
 
 def opening_of(path: Path) -> OpenOp:
