@@ -51,10 +51,14 @@ def launch() -> Launched:
 def _spawn(socket: int) -> int:
     interpreter = os.path.realpath(sys.executable)
     try:
-        executable = _read_only(interpreter)
+        return _spawn_read_only(interpreter, socket)
     except OSError:
         # No privilege, or Linux before 5.12. Then it is only that nothing leads to it.
         return _execute(sys.executable, {}, socket)
+
+
+def _spawn_read_only(interpreter: str, socket: int) -> int:
+    executable = _read_only(interpreter)
     try:
         # The loader takes $ORIGIN from /proc/self/exe, which has no path here.
         libraries = os.path.join(os.path.dirname(os.path.dirname(interpreter)), "lib")

@@ -10,6 +10,9 @@ from pathlib import Path
 from tests.attackers.arena import run
 from tests.attackers.attacks import ATTACKS
 
+_SHOWN = 20
+"""Violations of an attack that are printed; all are in the JSON."""
+
 
 def main() -> int:
     """Exit status 1 if anything happened that must not."""
@@ -32,7 +35,7 @@ def main() -> int:
             f"{result.moved} names moved away; violations: {len(result.violations)}",
             flush=True,
         )
-        for violation in result.violations:
+        for violation in result.violations[:_SHOWN]:
             print(f"    {violation}", flush=True)
     if arguments.json is not None:
         document = [result.document() for result in results]

@@ -159,6 +159,16 @@ async def test_a_worker_has_what_its_request_needs(
         assert held.status["NoNewPrivs"] == "1"
 
 
+async def test_the_fork_server_has_nothing_in_effect() -> None:
+    """But everything to hand on."""
+    launched = launch()
+    async with ForkServer.running(launched) as server:
+        worker = await server.worker()
+        worker.kill()
+        held = hold(launched.pid, "")
+    assert (held.sets.permitted, held.sets.effective) == (MINE, 0)
+
+
 async def test_devices_are_made_only_where_they_are_allowed(
     tmp_path: Path, watched: dict[str, list[Held]]
 ) -> None:
