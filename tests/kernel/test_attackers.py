@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ from ghostpool._failed import Mismatch
 from ghostpool._opening import OpenWork
 from ghostpool._protocol import CreateOp, OpenOp, PlaceOp, RemoveOp
 from ghostpool._removing import RemoveWork
-from tests.attackers.arena import Canary, Result, _wrong, arena, run
+from tests.attackers.arena import GHOSTS, Canary, Result, _wrong, arena, run
 from tests.attackers.attacks import ATTACKS
+from tests.support.restore import ghostpool
 
 pytestmark = pytest.mark.needs_mount_ns
 SECONDS = 0.8
@@ -334,3 +337,71 @@ def test_the_times_of_another_directory_stay(bench: Bench, monkeypatch: pytest.M
     bench.removing.do_remove([], [tuple(operation)])
     assert ours.stat().st_mtime_ns == before
     assert (ours / "inside").exists()
+
+
+# -- Every path, as the kernel was given it -------------------------------------------------------
+
+NAME_CALLS = {
+    "linkat",
+    "unlinkat",
+    "mkdirat",
+    "mknodat",
+    "renameat2",
+    "symlinkat",
+    "openat",
+    "newfstatat",
+    "fchmodat",
+    "fchownat",
+    "utimensat",
+}
+OPENED = "RESOLVE_NO_XDEV|RESOLVE_NO_MAGICLINKS|RESOLVE_NO_SYMLINKS|RESOLVE_BENEATH"
+FOUND = "RESOLVE_NO_MAGICLINKS|RESOLVE_NO_SYMLINKS"
+CALL = re.compile(r"(\d+) +(\w+)\((.*)")
+TEXT = re.compile(r'"((?:[^"\\]|\\.)*)"')
+
+
+@pytest.mark.needs_strace
+def test_every_path_of_a_worker(tmp_path: Path) -> None:
+    """Inside a container a worker gives the kernel single names, paths that can not leave their
+    mount, and mount points once, when it looks for them; and it executes nothing."""
+    log = tmp_path / "log"
+    tracer = ("strace", "-f", "-o", log, "-s", "4096", "-e", "trace=%file,setns,linkat,execve")
+    with arena() as field:
+        arguments = ("restore", "-D", field._images, "-t", field.place.first, "--discard")
+        done = ghostpool(*arguments, prefix=[*map(str, tracer)])
+        assert done.returncode == 0, done.stderr
+        mountpoint = str(field.place.mnt)
+    inside: set[int] = set()
+    seen: Counter[str] = Counter()
+    for line in log.read_text().splitlines():
+        match = CALL.match(line)
+        if match is None:
+            continue
+        pid, call, arguments_given = int(match[1]), match[2], match[3]
+        if call == "setns":
+            inside.add(pid)
+        if pid not in inside or call == "setns":
+            continue
+        if call == "statmount" or call.startswith("syscall_"):
+            continue  # by number; this strace does not know it
+        seen[call] += 1
+        paths = TEXT.findall(arguments_given)
+        if call == "openat2" and arguments_given.startswith("AT_FDCWD"):
+            assert paths == [mountpoint], line
+            assert f"resolve={FOUND}" in arguments_given, line
+        elif call == "openat2":
+            assert not paths[0].startswith("/"), line
+            assert f"resolve={OPENED}" in arguments_given, line
+        elif call in ("statx", "open_tree", "mount_setattr", "statfs"):
+            assert paths == [""], line
+        elif paths == ["../mountinfo"]:
+            assert call == "openat", line
+        else:
+            assert call in NAME_CALLS, line
+            assert "AT_FDCWD" not in arguments_given, line
+            # A symbolic link's target is no path that anybody goes.
+            names = paths[1:] if call == "symlinkat" else paths
+            assert not any("/" in name or name in (".", "..") for name in names), line
+    assert seen["openat2"] > len(GHOSTS)
+    assert seen["linkat"] == len(GHOSTS) - 1  # all but the directory
+    assert seen["execve"] == 0
