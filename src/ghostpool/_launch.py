@@ -60,9 +60,7 @@ def _spawn(socket: int) -> int:
 def _spawn_read_only(interpreter: str, socket: int) -> int:
     executable = _read_only(interpreter)
     try:
-        # The loader takes $ORIGIN from /proc/self/exe, which has no path here.
-        libraries = os.path.join(os.path.dirname(os.path.dirname(interpreter)), "lib")
-        return _execute(f"/proc/self/fd/{executable}", {"LD_LIBRARY_PATH": libraries}, socket)
+        return _execute(f"/proc/self/fd/{executable}", _libraries(), socket)
     finally:
         os.close(executable)
 
@@ -79,6 +77,19 @@ def _read_only(path: str) -> int:
         return fcntl.fcntl(clone, fcntl.F_DUPFD_CLOEXEC, _ABOVE)
     finally:
         os.close(clone)
+
+
+def _libraries() -> dict[str, str]:
+    """An environment in which the loader finds the library that this interpreter was found with.
+
+    It may be looked for at $ORIGIN, which comes from /proc/self/exe and leads nowhere there.
+    """
+    with open("/proc/self/maps", "rb") as file:
+        for line in file:
+            if b"/libpython" in line:
+                path = line.split(maxsplit=5)[5]
+                return {"LD_LIBRARY_PATH": os.fsdecode(os.path.dirname(path))}
+    return {}
 
 
 def _execute(path: str, environment: dict[str, str], socket: int) -> int:

@@ -167,6 +167,14 @@ async def test_all_children_run_from_that_mount() -> None:
             worker.kill()
 
 
+def test_the_loader_is_told_where_the_library_is() -> None:
+    """By the way of the program's own path ($ORIGIN) it could not be found any more."""
+    mapped = Path("/proc/self/maps").read_text()
+    libraries = {line.split()[5] for line in mapped.splitlines() if "/libpython" in line}
+    directories = {os.path.dirname(path) for path in libraries}
+    assert set(_launch._libraries().values()) == directories
+
+
 async def test_without_privilege_it_starts_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: str) -> int:
         raise PermissionError(errno.EPERM, path)
