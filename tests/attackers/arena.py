@@ -34,7 +34,7 @@ from ghostpool._linux import Attr
 from ghostpool._report import Report
 from ghostpool._restore import Restored
 from ghostpool._run import Prepared
-from tests.attackers.attacks import ATTACKS, EXTRA, MOVED, OWNER, Attack, Place
+from tests.attackers.attacks import ATTACKS, EXTRA, MOVED, OWNER, REACHED, Attack, Place
 from tests.support.imagewriter import ImageSet
 from tests.support.live import process
 from tests.support.namespaces import in_child
@@ -215,6 +215,8 @@ class Arena:
         for where, status in _walk(self._rw, ""):
             name = os.path.basename(where)
             own = status.st_uid == OWNER
+            if name == REACHED:
+                result.violations.append("processes of ghostpool's were reached")
             if name.startswith(MOVED):
                 result.moved += 1
             elif not own and name.startswith(".ghostpool-"):

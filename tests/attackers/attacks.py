@@ -24,10 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ghostpool import _linux
-from ghostpool._capabilities import Cap
+from ghostpool._capabilities import WORKER, Cap
 
 OWNER = 4242
 EXCHANGE = 2  # RENAME_EXCHANGE
+REACHED = "reached"
+"""File in which an attack says what it should not have got."""
 MOVED = ".moved-"
 """How names begin that an attack has given to files of ghostpool."""
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -307,6 +309,38 @@ def _is_of_ghosts(place: Place, path: Path) -> bool:
     return str(path.relative_to(place.rw)) in place.names
 
 
+def reach_for_processes(place: Place, tick: Tick) -> None:
+    """Executable, descriptors and memory of ghostpool's processes, in the pid namespace that the
+    container shares with them; what can be opened is named in a file."""
+    own = {os.getpid(), place.first, os.getppid()}
+    while True:
+        for name in os.listdir("/proc"):
+            if not name.isdecimal() or int(name) in own:
+                continue
+            process = Path("/proc", name)
+            try:
+                ours = b"_forkserver" in (process / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if not ours:
+                continue
+            tick()
+            for what, flags in (
+                ("exe", os.O_RDONLY),
+                ("exe", os.O_WRONLY),
+                ("exe", os.O_PATH),
+                ("root", os.O_PATH),
+                ("mem", os.O_RDWR),
+                ("fd/3", os.O_PATH),
+                ("fd/5", os.O_RDONLY),
+                ("ns/mnt", os.O_RDONLY),
+            ):
+                with suppress(OSError):
+                    os.close(os.open(process / what, flags))
+                    with open(place.rw / REACHED, "a") as file:
+                        file.write(f"{name}/{what} with flags {flags:#o}\n")
+
+
 ATTACKS: dict[str, Attack] = {
     attack.__name__: attack
     for attack in (
@@ -320,11 +354,14 @@ ATTACKS: dict[str, Attack] = {
         rename_temporaries,
         change_permissions,
         react,
+        reach_for_processes,
     )
 }
 EXTRA = {
     "mount_over": int(Cap.SYS_ADMIN),
     "replace_names": int(Cap.MKNOD),
     "react": int(Cap.MKNOD),
+    # As capable as its victims, so that only their own care protects them.
+    "reach_for_processes": WORKER,
 }
 """Capabilities that an attack has besides the default ones of a container."""
