@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
+from functools import reduce
+from operator import or_
 from typing import Any, NoReturn
 
 import click
@@ -36,6 +38,20 @@ class NamespaceOption(click.ParamType[tuple[int, str]]):
 
         try:
             return parse_namespace_option(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class CapabilityOption(click.ParamType[int]):
+    """NAME, CAP_NAME or ALL, as with container runtimes; the set it stands for."""
+
+    name = "NAME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from ghostpool._capabilities import parse
+
+        try:
+            return parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -272,6 +288,12 @@ def cli() -> None:
 @click.option(
     "--serve", metavar="PATH", help="Socket to serve descriptors on.  [default: in the run dir]"
 )
+@click.option(
+    "--cap-add",
+    type=CapabilityOption(),
+    multiple=True,
+    help="Capability that CMD keeps besides the usual ones of a container.",
+)
 @click.option("--report", "report_path", metavar="FILE", help="Write a JSON report; - is stdout.")
 @click.option("--json", "as_json", is_flag=True, help="Short for --report -.")
 @click.option(
@@ -300,6 +322,8 @@ def restore(**options: Any) -> None:
     chosen = [name for name, given in outcomes.items() if given]
     if len(chosen) > 1:
         raise click.UsageError(f"{' and '.join(chosen)} exclude each other")
+    if options["cap_add"] and not cmd:
+        raise click.UsageError("--cap-add is for a command")
     if report_path == "-" and cmd:
         raise click.UsageError("stdout belongs to the command: write the report to a file")
     if options["as_json"] and options["report_path"] not in (None, "-"):
@@ -317,7 +341,7 @@ def restore(**options: Any) -> None:
             check_report_path(report_path)
             request = make_request(options, keep=options["keep"])
             if cmd:
-                deliver = _deliver.commands(cmd)
+                deliver = _deliver.commands(cmd, reduce(or_, options["cap_add"], 0))
             elif options["keep"] or options["discard"]:
                 deliver = _deliver.discard
             else:

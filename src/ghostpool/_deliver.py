@@ -7,12 +7,14 @@ descriptors, at their numbers.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Mapping
 
 import anyio
 
+from ghostpool._capabilities import COMMAND
 from ghostpool._errors import CommandError
 from ghostpool._planned import PlannedTask
 from ghostpool._process import Child, CommandFailed
@@ -48,14 +50,19 @@ async def discard(_: Prepared, restored: Restored) -> None:
     restored.close()
 
 
-def commands(argv: list[str]) -> Delivery:
-    """Run `argv` once for each task of the image and wait for them all."""
+def commands(argv: list[str], extra_capabilities: int = 0) -> Delivery:
+    """Run `argv` once for each task of the image and wait for them all.
+
+    It keeps the capabilities that container runtimes give by default, but for two of them
+    (`_capabilities.COMMAND`), and `extra_capabilities`.
+    """
+    capabilities = COMMAND | extra_capabilities
 
     async def deliver(run: Prepared, restored: Restored) -> None:
         children: list[tuple[int, Child]] = []
         try:
             for planned in run.plan.tasks:
-                child = await _start(run, restored, planned, argv)
+                child = await _start(run, restored, planned, argv, capabilities)
                 children.append((planned.task.pid, child))
             restored.close()
             async with anyio.create_task_group() as group:
@@ -67,7 +74,9 @@ def commands(argv: list[str]) -> Delivery:
     return deliver
 
 
-async def _start(run: Prepared, restored: Restored, planned: PlannedTask, argv: list[str]) -> Child:
+async def _start(
+    run: Prepared, restored: Restored, planned: PlannedTask, argv: list[str], capabilities: int
+) -> Child:
     pid = planned.task.pid
     target = run.targets[planned.task.namespace]
     try:
@@ -77,10 +86,13 @@ async def _start(run: Prepared, restored: Restored, planned: PlannedTask, argv: 
             target.fd,
             restored.of_task(planned),
             run.soft_limit,
+            capabilities,
         )
     except CommandFailed as error:
         what = f"{argv[0]}: {os.strerror(error.errno)}"
-        if error.step != "exec":
+        if error.step == "openat2" and error.errno == errno.ELOOP:
+            what = f"{argv[0]}: it or its #! interpreter leads through a magic link of /proc"
+        elif error.step not in ("exec", "openat2"):
             what = f"{error.step}: {os.strerror(error.errno)}"
         raise CommandError(
             f"the command can not be started for task {pid} in {target.label}: {what}"

@@ -64,7 +64,9 @@ class OpenWork:
             if operation.keep:
                 return Opened(used, ())
             self._step = "unlinkat"
-            os.unlink(operation.names[used], dir_fd=link_to)
+            # Whoever has put another file there since keeps it.
+            if self._is_ours(operation, link_to, operation.names[used]):
+                os.unlink(operation.names[used], dir_fd=link_to)
             linked = False
         except BaseException:
             if linked:
@@ -104,17 +106,25 @@ class OpenWork:
         return (status.st_dev, status.st_ino) == (operation.device, operation.inode)
 
     def _unlink_own(self, operation: OpenOp, directory: int, name: bytes) -> None:
-        if self._is_ours(operation, directory, name):
-            try:
+        """Also if something else had the temporary name when it was linked: it still has that."""
+        try:
+            if self._is_ours(operation, directory, name) or self._is_link(
+                operation, directory, name
+            ):
                 os.unlink(name, dir_fd=directory)
-            except OSError:
-                pass
+        except OSError:
+            pass
+
+    def _is_link(self, operation: OpenOp, directory: int, name: bytes) -> bool:
+        source = self._directories.open(operation.link, operation.temp_directory)
+        old = os.stat(operation.temp_name, dir_fd=source, follow_symlinks=False)
+        new = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        return os.path.samestat(old, new)
 
     def _open_checked(self, operation: OpenOp, directory: int, name: bytes) -> int:
         is_fifo = stat.S_ISFIFO(operation.mode)
-        fd = self._open_own(operation, directory, name, is_fifo)
+        fd, status = self._open_own(operation, directory, name, is_fifo)
         try:
-            status = os.fstat(fd)
             self._check_identity(operation, status)
             if operation.mode >= 0 and status.st_mode != operation.mode:
                 raise Mismatch(f"mode: {status.st_mode:o} instead of {operation.mode:o}")
@@ -138,24 +148,27 @@ class OpenWork:
         if (status.st_dev, status.st_ino) != (operation.device, operation.inode):
             raise Mismatch("identity: another file has the name")
 
-    def _open_own(self, operation: OpenOp, directory: int, name: bytes, is_fifo: bool) -> int:
+    def _open_own(
+        self, operation: OpenOp, directory: int, name: bytes, is_fifo: bool
+    ) -> tuple[int, os.stat_result]:
         """Open the file of the expected identity, and no other: opening another one may block for
         ever (a fifo) or set off a device, and tasks of the container can exchange names."""
         path_flags = os.O_PATH | os.O_NOFOLLOW
         if operation.flags & os.O_PATH:
-            return _linux.openat2(directory, name, operation.flags, INSIDE)
+            return _with_status(_linux.openat2(directory, name, operation.flags, INSIDE))
         path_fd = _linux.openat2(directory, name, path_flags, INSIDE)
         helper = -1
         try:
-            self._check_identity(operation, os.fstat(path_fd))
+            status = os.fstat(path_fd)
+            self._check_identity(operation, status)
             if operation.flags & os.O_NOFOLLOW:
                 # Its flag would refuse the magic link, so it has to be opened by its name.
-                return self._open_regular_by_name(operation, directory, name)
+                return _with_status(self._open_regular_by_name(operation, directory, name))
             own = b"%d" % path_fd
             if is_fifo:
                 # A reader waits for a writer, a writer without a reader is refused: be both.
                 helper = os.open(own, os.O_RDWR | os.O_NONBLOCK, dir_fd=self._own_fds)
-            return os.open(own, operation.flags, dir_fd=self._own_fds)
+            return os.open(own, operation.flags, dir_fd=self._own_fds), status
         finally:
             os.close(path_fd)
             if helper >= 0:
@@ -168,3 +181,11 @@ class OpenWork:
         if not operation.flags & os.O_NONBLOCK:
             os.set_blocking(fd, True)
         return fd
+
+
+def _with_status(fd: int) -> tuple[int, os.stat_result]:
+    try:
+        return fd, os.fstat(fd)
+    except BaseException:
+        os.close(fd)
+        raise

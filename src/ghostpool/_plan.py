@@ -17,7 +17,7 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 
-from ghostpool._admission import check_ghost, check_mount, open_flags
+from ghostpool._admission import check_ghost, check_mount, open_flags, privileges_of
 from ghostpool._errors import (
     GhostpoolError,
     Overmounted,
@@ -45,6 +45,7 @@ from ghostpool._planned import (
     PlannedOpen,
     PlannedTask,
     Policy,
+    Privileged,
     Refusal,
 )
 from ghostpool._protocol import Look
@@ -112,6 +113,7 @@ class Planner:
                 self._collect_one(remap, file, held)
             except GhostpoolError as error:
                 self.refuse(subject, error)
+        self._list_privileged()
         remapped = {remap.origin for remap in self._images.remaps if remap.kind != "procfs"}
         for task in self._images.tasks:
             for holder in task.holders:
@@ -127,6 +129,19 @@ class Planner:
             f"{text(name)}: a bound UNIX socket whose name is gone is not restored yet"
             for name in self._images.deleted_sockets
         ]
+
+    def _list_privileged(self) -> None:
+        """Each such ghost once, by the first of its names, refused for another reason or not."""
+        listed: set[GhostId] = set()
+        for remap in self._images.remaps:
+            ghost = self._images.ghosts.get(GhostId(remap.target))
+            if remap.kind != "ghost" or ghost is None or ghost.id in listed:
+                continue
+            kinds, allowed = privileges_of(ghost, self._policy)
+            if kinds:
+                listed.add(ghost.id)
+                name = text(self._images.files[remap.origin].name)
+                self._plan.privileged.append(Privileged(ghost.file, name, kinds, allowed))
 
     def _collect_one(
         self, remap: Remap, file: RegFile, held: Mapping[RegId, tuple[Task, bool]]

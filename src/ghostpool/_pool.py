@@ -40,6 +40,7 @@ class WorkerPool:
         targets: Sequence[Target],
         *,
         mount_setattr: bool = True,
+        devices: bool = False,
     ) -> None:
         self.jobs = jobs
         self.mounts: dict[MountHandle, int] = {}
@@ -47,8 +48,10 @@ class WorkerPool:
         self._server = server
         self._targets = {target.index: target.fd for target in targets}
         self.mount_setattr = mount_setattr
+        self._devices = devices
         self._watch: Callable[[Child], Awaitable[None]] | None = None
-        self._images = -1
+        self.images = -1
+        """Directory that ghost images are read from, lent to requests that create."""
         self._slots: list[Worker | None] = [None] * jobs
         self._locks = [anyio.Lock() for _ in range(jobs)]
         self.started = 0
@@ -65,9 +68,13 @@ class WorkerPool:
         targets: Sequence[Target],
         *,
         mount_setattr: bool = True,
+        devices: bool = False,
     ) -> AsyncIterator[WorkerPool]:
-        """A pool for the time of the block; at its end no worker and no descriptor is left."""
-        pool = cls(server, jobs, targets, mount_setattr=mount_setattr)
+        """A pool for the time of the block; at its end no worker and no descriptor is left.
+
+        `devices`: workers may make them.
+        """
+        pool = cls(server, jobs, targets, mount_setattr=mount_setattr, devices=devices)
         try:
             yield pool
         finally:
@@ -79,10 +86,6 @@ class WorkerPool:
     def __repr__(self) -> str:
         alive = sum(1 for worker in self._slots if worker is not None and worker.alive)
         return f"<WorkerPool {alive} of {self.jobs} workers, {len(self.mounts)} mounts>"
-
-    def set_images(self, directory_fd: int) -> None:
-        """The directory that ghost images are read from; stays the caller's."""
-        self._images = directory_fd
 
     async def watch_with(self, watch: Callable[[Child], Awaitable[None]]) -> None:
         """Have `watch` told of every worker there is, and of each that is started later."""
@@ -121,13 +124,13 @@ class WorkerPool:
                 with anyio.move_on_after(DEATH_S, shield=True):
                     await worker.child.wait()
             if worker is None or not worker.alive:
-                worker = await self._server.worker(mount_setattr=self.mount_setattr)
+                worker = await self._server.worker(
+                    mount_setattr=self.mount_setattr, devices=self._devices
+                )
                 self._slots[slot] = worker
                 self.started += 1
                 if self._watch is not None:
                     await self._watch(worker.child)
-                if self._images >= 0:
-                    await worker.call("images", fds=[self._images])
             return worker
 
     async def call(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import marshal
 import math
 import os
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 import anyio
 
 from ghostpool import _linux
+from ghostpool._capabilities import COMMAND
 from ghostpool._errors import WorkerDied, alone
 from ghostpool._launch import Launched
 from ghostpool._model import MountHandle
@@ -240,14 +242,17 @@ class ForkServer:
             raise WorkerDied(f"the fork server can not fork: {os.strerror(child)}")
         return child
 
-    async def worker(self, kind: str = "worker", *, mount_setattr: bool = True) -> Worker:
+    async def worker(
+        self, kind: str = "worker", *, mount_setattr: bool = True, devices: bool = False
+    ) -> Worker:
         """Fork a worker, or the guardian, which is one too.
 
-        `mount_setattr=False` makes it do as on Linux before 5.12.
+        `mount_setattr=False` makes it do as on Linux before 5.12. `devices`: it may make them.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            child = await self.fork(kind, mount_setattr, fds=[theirs.fileno()])
+            extra = [True] if devices else []
+            child = await self.fork(kind, mount_setattr, *extra, fds=[theirs.fileno()])
         except BaseException:
             ours.close()
             raise
@@ -293,11 +298,13 @@ class ForkServer:
         namespace: int,
         descriptors: Mapping[int, int],
         soft_limit: int,
+        capabilities: int = COMMAND,
     ) -> Child:
         """Start a command in a mount namespace with exactly these descriptors.
 
         `descriptors`: number in the command to descriptor here. Standard input, output and error
-        are the coordinator's where they are not among them.
+        are the coordinator's where they are not among them. Of the `capabilities` it has those
+        that this process has.
         CommandFailed if it can not be executed.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -305,9 +312,16 @@ class ForkServer:
         try:
             fds = [theirs.fileno(), namespace, 0, 1, 2, *descriptors.values()]
             try:
-                numbers = list(descriptors)
+                core_limit, _ = resource.getrlimit(resource.RLIMIT_CORE)
                 child = await self.fork(
-                    "spawn", argv, dict(environment), numbers, soft_limit, fds=fds
+                    "spawn",
+                    argv,
+                    dict(environment),
+                    list(descriptors),
+                    soft_limit,
+                    core_limit,
+                    int(capabilities),
+                    fds=fds,
                 )
             finally:
                 theirs.close()
@@ -414,7 +428,12 @@ class Worker:
                 raise
             if not ok:
                 _linux.close_all(received)
-                raise WorkerFailure(Failure(*result))
+                failure = Failure(*result)
+                if failure.at < 0 and not failure.errno:
+                    # No system call and no check of its own: what it knows can not be relied on.
+                    self.kill()
+                    raise WorkerDied(f"{self.name} was ended, it failed in {failure.step}")
+                raise WorkerFailure(failure)
             return result, received
 
     async def _hand_over(self, mounts: dict[MountHandle, int]) -> None:

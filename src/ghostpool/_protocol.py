@@ -101,6 +101,8 @@ class PlaceOp(NamedTuple):
     """Missing directories between `directory` and the old name."""
     final: tuple[bytes, ...]
     """Names to try, the old one first."""
+    device: int
+    inode: int
 
 
 class Placed(NamedTuple):

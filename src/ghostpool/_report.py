@@ -133,6 +133,15 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             }
             for planned in plan.mounts.values()
         ],
+        "privileged": [
+            {
+                "path": privileged.name,
+                "file": privileged.file,
+                "kinds": list(privileged.kinds),
+                "allowed": privileged.allowed,
+            }
+            for privileged in plan.privileged
+        ],
         "warnings": plan.warnings,
         "refusals": [
             {"subject": refusal.subject, **error_document(refusal.error)}

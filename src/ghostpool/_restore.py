@@ -211,6 +211,7 @@ class Restoration:
                 request,
                 target=ghosts[0].mount.namespace.target.index,
                 mounts={planned.mount.service for planned in ghosts},
+                fds=[self._pool.images],
             )
         except WorkerFailure as error:
             for planned, fields in zip(ghosts, error.failure.done, strict=False):
@@ -242,12 +243,15 @@ class Restoration:
 
     async def _place(self, slot: int, planned: PlannedGhost) -> None:
         await self._ledger.placing(planned)
+        created = self._ledger.result(planned.ghost.id)
         operation = PlaceOp(
             planned.mount.service,
             planned.directory,
             planned.name,
             planned.parents,
             planned.final,
+            created.device,
+            created.inode,
         )
         try:
             (fields,), _ = await self._pool.call(

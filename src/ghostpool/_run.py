@@ -134,9 +134,13 @@ async def prepared(
                 images = read_images(request.images_dir, directory_fd=images_fd)
                 by_id, targets = await _targets(request, images, server)
                 async with WorkerPool.running(
-                    server, request.jobs, targets, mount_setattr=request.mount_setattr
+                    server,
+                    request.jobs,
+                    targets,
+                    mount_setattr=request.mount_setattr,
+                    devices=request.policy.allow_devices,
                 ) as pool:
-                    pool.set_images(images_fd)
+                    pool.images = images_fd
                     try:
                         survey = Survey(pool, images, request.policy)
                         plan = await survey.plan(by_id, secrets.token_hex(6).encode())

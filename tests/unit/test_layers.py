@@ -33,18 +33,19 @@ LAYERS = [
     "_schema",
     "_model _paths",
     "_forkserver",
-    "_build _descriptors _guardian",
+    "_build _command _guardian",
     "_worker",
-    "_buildfiles _creating _mountwork _opening _removing",
+    "_buildfiles _creating _descriptors _mountwork _opening _removing",
     "_directories _failed",
     "_journal _protocol",
-    "_buildspec _identity _mountinfo",
+    "_buildspec _capabilities _identity _mountinfo",
     "_errors _linux",
 ]
 CHILD_SIDE = """
-    _forkserver _guardian _build _descriptors _worker
+    _forkserver _guardian _build _command _descriptors _worker
     _buildfiles _creating _mountwork _opening _removing
     _directories _failed _journal _protocol _buildspec _identity _mountinfo
+    _capabilities
 """
 
 
