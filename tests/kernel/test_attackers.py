@@ -30,7 +30,7 @@ from tests.attackers.attacks import ATTACKS
 from tests.support.restore import ghostpool
 
 pytestmark = pytest.mark.needs_mount_ns
-SECONDS = 0.8
+SECONDS = 0.5
 LONG_SECONDS = 6.0
 
 
