@@ -139,6 +139,7 @@ def make_request(options: dict[str, Any], keep: bool = False) -> Any:
     """The Request of target options."""
     from ghostpool._planned import Policy
     from ghostpool._run import Request
+    from ghostpool._stall import STALL_S
     from ghostpool._userns import maps_owner
 
     numbers = [number for number, _ in options["namespaces"]]
@@ -156,6 +157,7 @@ def make_request(options: dict[str, Any], keep: bool = False) -> Any:
             keep=keep,
             mapped=maps_owner(),
         ),
+        stall_s=options.get("stall_timeout") or STALL_S,
     )
 
 
@@ -279,6 +281,12 @@ def cli() -> None:
     type=click.FloatRange(min=0, min_open=True),
     metavar="S",
     help="Seconds that the whole run may take.",
+)
+@click.option(
+    "--stall-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="Seconds without a sign of life after which a worker hangs.  [default: 15]",
 )
 @click.argument("cmd", nargs=-1, type=click.UNPROCESSED)
 def restore(**options: Any) -> None:

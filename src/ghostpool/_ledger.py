@@ -13,17 +13,19 @@ from dataclasses import dataclass
 
 import anyio
 
-from ghostpool._errors import GhostpoolError, RevertError
+from ghostpool._errors import GhostpoolError, RevertError, WorkerHung
 from ghostpool._guard import Guard, Owed
-from ghostpool._mend import left_behind, remove_command
+from ghostpool._mend import left_behind, remove_command, sweep_command
 from ghostpool._model import MountHandle, live_of
 from ghostpool._paths import join, text
 from ghostpool._planned import PlannedGhost, PlannedMount, PlannedOpen
 from ghostpool._pool import WorkerPool
-from ghostpool._process import WorkerFailure
+from ghostpool._process import Child, WorkerFailure
 from ghostpool._protocol import Created, Placed, Removed, RemoveOp
 
 _BATCH = 256
+BATCH_S = 60.0
+"""Seconds that one batch may take to be undone by a worker that is slow, but alive."""
 
 
 @dataclass(slots=True)
@@ -46,6 +48,10 @@ class Ledger:
         self._mounts = mounts
         self._temporaries: dict[int, _Temporary] = {}
         self._links: dict[int, tuple[PlannedOpen, int]] = {}
+        self._hung: set[int] = set()
+        """Superblocks that a worker was lost on: nobody else is sent there."""
+        self._prefix = b""
+        """What all temporary names of this run begin with."""
 
     def __len__(self) -> int:
         return len(self._temporaries) + len(self._links)
@@ -53,6 +59,7 @@ class Ledger:
     async def creating(self, ghosts: Sequence[PlannedGhost], slot: int) -> None:
         """A request to create these ghosts is about to be sent to a slot."""
         made = [_Temporary(planned, slot) for planned in ghosts]
+        self._prefix = ghosts[0].name.rpartition(b"-")[0] + b"-"
         self._temporaries.update((one.planned.ghost.id, one) for one in made)
         await self._guard.owe([_owed(one) for one in made])
 
@@ -138,6 +145,8 @@ class Ledger:
             for slot, operations in by_slot.items():
                 group.start_soon(self._clear_slot, slot, operations, left, errors)
         if errors:
+            # What was tried twice was told twice.
+            errors = list({str(error): error for error in errors}.values())
             raise errors[0] if len(errors) == 1 else ExceptionGroup("names are left", errors)
         if not keep:
             await self.settle()
@@ -151,8 +160,18 @@ class Ledger:
         errors: list[Exception],
     ) -> None:
         again = await self._remove(slot, operations, None, errors)
+        undead = self._pool.undead(slot)
+        if undead:
+            # They may have done meanwhile what they were in the middle of.
+            again = operations
         # A directory may have been kept by a name that was removed after it had been tried.
         await self._remove(slot, again, left, errors)
+        errors += [
+            error
+            for child in undead
+            if child.status is None
+            for error in self._may_come(child, operations)
+        ]
 
     async def _remove(
         self,
@@ -165,23 +184,91 @@ class Ledger:
         again: list[tuple[int, RemoveOp]] = []
         for start in range(0, len(operations), _BATCH):
             batch = operations[start : start + _BATCH]
-            # One namespace a message: the service side works from any, so the first one's does.
-            target = batch[0][0]
-            handles = {MountHandle(operation.mount) for _, operation in batch}
-            request = [tuple(operation) for _, operation in batch]
-            try:
-                answers, _ = await self._pool.insist(
-                    slot, "remove", request, target=target, mounts=handles
-                )
-            except (GhostpoolError, WorkerFailure) as error:
-                errors += [self._not_removed(operation, error) for _, operation in batch[:1]]
-                continue
-            for one, fields in zip(batch, answers, strict=True):
-                answer = Removed(*fields)
-                if answer.left:
-                    again.append(one)
-                self._note(one[1], answer, left, errors)
+            again += await self._remove_batch(slot, batch, left, errors)
         return again
+
+    async def _remove_batch(
+        self,
+        slot: int,
+        batch: list[tuple[int, RemoveOp]],
+        left: list[str] | None,
+        errors: list[Exception],
+    ) -> list[tuple[int, RemoveOp]]:
+        if self._hung:
+            batch = [one for one in batch if self._superblock(one[1]) not in self._hung]
+        if not batch:
+            return []
+        # One namespace a message: the service side works from any, so the first one's does.
+        target = batch[0][0]
+        handles = {MountHandle(operation.mount) for _, operation in batch}
+        request = [tuple(operation) for _, operation in batch]
+        try:
+            answers, _ = await self._pool.insist(
+                slot, "remove", request, target=target, mounts=handles, deadline_s=BATCH_S
+            )
+        except WorkerHung as error:
+            return await self._remove_apart(slot, batch, left, errors, error)
+        except (GhostpoolError, WorkerFailure) as error:
+            errors += [self._not_removed(operation, error) for _, operation in batch[:1]]
+            return []
+        again: list[tuple[int, RemoveOp]] = []
+        for one, fields in zip(batch, answers, strict=True):
+            answer = Removed(*fields)
+            if answer.left:
+                again.append(one)
+            self._note(one[1], answer, left, errors)
+        return again
+
+    async def _remove_apart(
+        self,
+        slot: int,
+        batch: list[tuple[int, RemoveOp]],
+        left: list[str] | None,
+        errors: list[Exception],
+        error: WorkerHung,
+    ) -> list[tuple[int, RemoveOp]]:
+        """A file system hangs: what lies on the others goes nevertheless."""
+        by_superblock: dict[int, list[tuple[int, RemoveOp]]] = {}
+        for one in batch:
+            by_superblock.setdefault(self._superblock(one[1]), []).append(one)
+        if len(by_superblock) == 1:
+            (superblock,) = by_superblock
+            if superblock not in self._hung:
+                self._hung.add(superblock)
+                errors += self._sweeps([operation for _, operation in batch], str(error))
+            return []
+        again: list[tuple[int, RemoveOp]] = []
+        for some in by_superblock.values():
+            again += await self._remove_batch(slot, some, left, errors)
+        return again
+
+    def _superblock(self, operation: RemoveOp) -> int:
+        return self._mounts[live_of(operation.mount)].mount.device
+
+    def _may_come(
+        self, child: Child, operations: Iterable[tuple[int, RemoveOp]]
+    ) -> list[RevertError]:
+        """A worker that can not be ended may still make one of its names when it wakes."""
+        some = [op for _, op in operations if self._superblock(op) not in self._hung]
+        why = f"process {child.pid} was killed, but hangs in a call that may still make a name"
+        return self._sweeps(some, why)
+
+    def _sweeps(self, operations: Iterable[RemoveOp], why: str) -> list[RevertError]:
+        """One error for each mount, with a command that removes all of this run's names on it."""
+        by_mount: dict[MountHandle, list[RemoveOp]] = {}
+        for operation in operations:
+            by_mount.setdefault(live_of(operation.mount), []).append(operation)
+        errors = []
+        for handle, some in by_mount.items():
+            planned = self._mounts[handle]
+            inodes = sorted({op.inode for op in some if op.inode})
+            errors.append(
+                RevertError(
+                    f"names of this run may be left on mount {planned.label}: {why}",
+                    sweep_command(planned, self._prefix, inodes),
+                )
+            )
+        return errors
 
     def _not_removed(self, operation: RemoveOp, error: Exception) -> RevertError:
         planned = self._mounts[live_of(operation.mount)]

@@ -6,7 +6,7 @@ The commands run programs of the caller, never of the container whose namespace 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ghostpool._errors import KernelError
 from ghostpool._model import MountHandle, live_of
@@ -42,8 +42,19 @@ def mend_command(planned: PlannedMount) -> str:
     enter = planned.namespace.target.enter
     if enter is None:
         return _NOTHING
-    options = ",".join(["remount", "bind", "ro", *planned.mount.options()[1:]])
+    return _remount(planned, enter, "ro")
+
+
+def _remount(planned: PlannedMount, enter: str, how: str) -> str:
+    options = ",".join(["remount", "bind", how, *planned.mount.options()[1:]])
     return f"mount -N {enter} -o {options} {_quoted(planned.mount.mountpoint)}"
+
+
+def _writable(planned: PlannedMount, enter: str, command: str) -> str:
+    """`command` with the mount writable for it, if it is not: we worked through a clone."""
+    if not planned.mount.read_only:
+        return command
+    return f"{_remount(planned, enter, 'rw')} && {command}; {_remount(planned, enter, 'ro')}"
 
 
 def remove_command(planned: PlannedMount, path: bytes, is_directory: bool) -> str:
@@ -54,8 +65,26 @@ def remove_command(planned: PlannedMount, path: bytes, is_directory: bool) -> st
     tool = "rmdir" if is_directory else "rm -f"
     inside = planned.mount.mountpoint.rstrip(b"/") + b"/" + path
     if enter.isdecimal():
-        return f"{tool} {_quoted(b'/proc/' + enter.encode() + b'/root' + inside)}"
-    return f"nsenter --mount={shlex.quote(enter)} {tool} {_quoted(inside)}"
+        command = f"{tool} {_quoted(b'/proc/' + enter.encode() + b'/root' + inside)}"
+    else:
+        command = f"nsenter --mount={shlex.quote(enter)} {tool} {_quoted(inside)}"
+    return _writable(planned, enter, command)
+
+
+def sweep_command(planned: PlannedMount, prefix: bytes, inodes: Iterable[int]) -> str:
+    """What a user runs to remove all names of a run on one mount: those that begin with `prefix`,
+    and those that lead to the inodes of its ghosts."""
+    enter = planned.namespace.target.enter
+    if enter is None:
+        return _NOTHING
+    tests = [f"-name {_quoted(prefix + b'*')}", *(f"-inum {inode}" for inode in inodes)]
+    which = f"-xdev '(' {' -o '.join(tests)} ')' -delete"
+    if enter.isdecimal():
+        place = b"/proc/" + enter.encode() + b"/root" + planned.mount.mountpoint
+        return _writable(planned, enter, f"find {_quoted(place)} {which}")
+    place = planned.mount.mountpoint
+    command = f"nsenter --mount={shlex.quote(enter)} find {_quoted(place)} {which}"
+    return _writable(planned, enter, command)
 
 
 def _quoted(path: bytes) -> str:

@@ -22,6 +22,8 @@ log = logging.getLogger("ghostpool")
 BUSY_S = 2.0
 """How long a revert that meets EBUSY is tried again: a lookup or an unlink in flight is over
 after microseconds, an open file is not."""
+HOLDERS_S = 5.0
+"""How long it is looked for who holds a mount busy."""
 
 
 class PoolMounts:
@@ -160,5 +162,8 @@ def _key(handle: MountHandle) -> tuple[str, int]:
 async def _describe_holders(mnt_id: int) -> str:
     from ghostpool._holders import holders  # psutil, which only this needs
 
-    found = await anyio.to_thread.run_sync(holders, mnt_id)
-    return ", ".join(map(str, found)) or "nobody any more"
+    # A file that one of them holds may lie on a file system that does not answer.
+    with anyio.move_on_after(HOLDERS_S):
+        found = await anyio.to_thread.run_sync(holders, mnt_id, abandon_on_cancel=True)
+        return ", ".join(map(str, found)) or "nobody any more"
+    return f"somebody who could not be found within {HOLDERS_S:g} s"

@@ -54,6 +54,8 @@ REVERT_S = 60.0
 """Deadline of putting mounts back, in seconds: longer than the pool insists on its own."""
 UNDO_S = 60.0
 """Deadline of undoing, in seconds; only hung file systems come near it."""
+UNDO_NAME_S = 0.5
+"""Seconds that each name adds to it: a slow file system is not a hung one."""
 _CREATE_BATCH = 256
 _CREATE_BYTES = 8 << 20
 _OPEN_BATCH = 128
@@ -377,12 +379,13 @@ class Restoration:
         log.info("undoing: %d names", len(self._ledger))
         with anyio.CancelScope(shield=True):
             self.restored.close()
+            limit_s = UNDO_S + UNDO_NAME_S * len(self._ledger)
             try:
-                with anyio.fail_after(UNDO_S):
+                with anyio.fail_after(limit_s):
                     self.restored.left += await self._ledger.clear()
             except TimeoutError:
                 late = RevertError(
-                    f"undoing did not end within {UNDO_S:.0f} s", "look for .ghostpool-* files"
+                    f"undoing did not end within {limit_s:.0f} s", "look for .ghostpool-* files"
                 )
                 raise ExceptionGroup("undoing failed", [late, *_reportable(cause)]) from None
             except Exception as error:  # noqa: BLE001  raised again, with its cause

@@ -29,6 +29,7 @@ from ghostpool._process import BuildFailed, ForkServer
 from ghostpool._report import Report
 from ghostpool._restore import Progress, Restoration, Restored, _silent
 from ghostpool._sandbox import specs_from_images
+from ghostpool._stall import STALL_S
 from ghostpool._survey import Survey
 from ghostpool._targets import Target, adopt, pin, resolve_namespaces
 
@@ -49,6 +50,8 @@ class Request:
     policy: Policy = field(default_factory=Policy)
     mount_setattr: bool = True
     """False: do as on Linux before 5.12, with mount(2)."""
+    stall_s: float = STALL_S
+    """Seconds without a sign of life after which a process that is waited for hangs."""
 
 
 @dataclass(slots=True)
@@ -113,7 +116,7 @@ async def prepared(
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     targets: list[Target] = []
     try:
-        async with ForkServer.running(launched) as server:
+        async with ForkServer.running(launched, request.stall_s) as server:
             images_fd = _open_directory(request.images_dir)
             try:
                 images = read_images(request.images_dir, directory_fd=images_fd)

@@ -82,6 +82,7 @@ class Survey:
             raise _mount_error(planned, error.failure) from error
         for planned, fields, fd in zip(mounts, facts, fds, strict=True):
             self._pool.mounts[planned.handle] = fd
+            self._pool.labels[planned.handle] = planned.label
             found = MountFacts(*fields)
             self.identities[planned.handle] = found.unique_id or found.mnt_id
             if found.mnt_id != planned.mount.mnt_id:
@@ -118,6 +119,7 @@ class Survey:
         for planned, failure in zip(mounts, answers, strict=True):
             if failure is None:
                 self._pool.mounts[planned.service] = next(taken)
+                self._pool.labels[planned.service] = planned.label
                 self._pool.learned(slot, [planned.service])
             elif failure[0] in (errno.EINVAL, errno.ENOSYS):
                 # Unbindable, or Linux before 5.12: the mount's own lease does for both sides.

@@ -29,7 +29,7 @@ LAYERS = [
     "_remaps",
     "_filetable _ghostfile",
     "_imagemounts",
-    "_imagefile _launch",
+    "_imagefile _launch _stall",
     "_schema",
     "_model _paths",
     "_forkserver",
