@@ -315,6 +315,8 @@ def restore(**options: Any) -> None:
 
     # The fork server boots while this process imports its event loop.
     launched = launch()
+    from dataclasses import replace
+
     from ghostpool import _deliver, _run
     from ghostpool._report import Report
 
@@ -325,10 +327,12 @@ def restore(**options: Any) -> None:
             check_report_path(report_path)
             request = make_request(options, keep=options["keep"])
             if cmd:
+                request = replace(request, consumers="commands")
                 deliver = _deliver.commands(cmd)
             elif options["keep"] or options["discard"]:
                 deliver = _deliver.discard
             else:
+                request = replace(request, consumers="sockets")
                 deliver = serving(options["serve"], stack, err=report_path == "-")
         except PlanError as error:
             report.status, report.error = EXIT_REFUSED, error

@@ -7,6 +7,7 @@ killed, and whoever undoes its work asks another one (docs/design.md, D-007).
 
 from __future__ import annotations
 
+import errno
 import logging
 import marshal
 import math
@@ -24,7 +25,17 @@ from ghostpool import _linux
 from ghostpool._errors import WorkerDied, WorkerHung, alone
 from ghostpool._launch import Launched
 from ghostpool._model import MountHandle
-from ghostpool._protocol import HEADER, MAX_FDS, MAX_FRAME, Failure, encode, rights, take_rights
+from ghostpool._protocol import (
+    FLIGHT_S,
+    FLIGHT_STEP_S,
+    HEADER,
+    MAX_FDS,
+    MAX_FRAME,
+    Failure,
+    encode,
+    rights,
+    take_rights,
+)
 from ghostpool._stall import STALL_S, Vigil, condition
 
 log = logging.getLogger("ghostpool")
@@ -61,11 +72,16 @@ class Channel:
             view = view[await self._send_part(view, []) :]
 
     async def _send_part(self, data: bytes | memoryview, fds: list[int]) -> int:
+        give_up = anyio.current_time() + FLIGHT_S
         while True:
             try:
                 return self._socket.sendmsg([data], rights(fds), socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 await anyio.wait_writable(self._socket)
+            except OSError as error:
+                if error.errno != errno.ETOOMANYREFS or anyio.current_time() > give_up:
+                    raise
+                await anyio.sleep(FLIGHT_STEP_S)
 
     async def receive(self) -> tuple[Any, list[int]]:
         """The next message. anyio.EndOfStream when the other end has closed.

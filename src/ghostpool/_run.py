@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 
 import anyio
 
-from ghostpool import _buildspec, _linux
+from ghostpool import _buildspec, _linux, _needs
 from ghostpool._errors import PlanError, SandboxError
 from ghostpool._guard import Guard
 from ghostpool._images import read_images
 from ghostpool._launch import Launched
 from ghostpool._model import Images, MountHandle, NsId
+from ghostpool._needs import Consumers
+from ghostpool._plan import Planner
 from ghostpool._planned import Plan, Policy
 from ghostpool._pool import WorkerPool
 from ghostpool._process import BuildFailed, ForkServer
@@ -34,8 +36,6 @@ from ghostpool._survey import Survey
 from ghostpool._targets import Target, adopt, pin, resolve_namespaces
 
 log = logging.getLogger("ghostpool")
-_SPARE_FDS = 128
-"""Descriptors that a run needs besides those of mounts and ghosts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ class Request:
     policy: Policy = field(default_factory=Policy)
     mount_setattr: bool = True
     """False: do as on Linux before 5.12, with mount(2)."""
+    consumers: Consumers | None = None
+    """Who takes the files over; None: nobody, or the library's own caller."""
     stall_s: float = STALL_S
     """Seconds without a sign of life after which a process that is waited for hangs."""
 
@@ -112,6 +114,10 @@ async def prepared(
     `check` may raise for a plan that is not to be carried out.
     """
     begun = time.monotonic()
+
+    def admit(planner: Planner) -> None:
+        _needs.check(planner.counts(), request.jobs, request.consumers, hard)
+
     soft_limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     targets: list[Target] = []
@@ -120,18 +126,17 @@ async def prepared(
             images_fd = _open_directory(request.images_dir)
             try:
                 images = read_images(request.images_dir, directory_fd=images_fd)
-                by_id, targets = await _targets(request, images, server)
+                by_id, targets = await _targets(request, images, server, hard)
                 async with WorkerPool.running(
                     server, request.jobs, targets, mount_setattr=request.mount_setattr
                 ) as pool:
                     pool.set_images(images_fd)
                     try:
-                        survey = Survey(pool, images, request.policy)
+                        survey = Survey(pool, images, request.policy, admit)
                         plan = await survey.plan(by_id, secrets.token_hex(6).encode())
                         report.plan = plan
                         report.identities = survey.identities
                         _log_plan(plan)
-                        _check_descriptors(plan, hard)
                         check(plan)
                         report.ready = not plan.refusals
                         yield Prepared(
@@ -185,28 +190,21 @@ def _open_directory(path: str) -> int:
 
 
 async def _targets(
-    request: Request, images: Images, server: ForkServer
+    request: Request, images: Images, server: ForkServer, most_fds: int
 ) -> tuple[dict[NsId, Target], list[Target]]:
     where = resolve_namespaces(images, request.tree, request.namespaces)
     if where:
         if request.external:
             raise PlanError("--external is for rebuilt namespaces: leave it out with -t or --ns")
+        _needs.check_namespaces(len(where), most_fds)
         return pin(where)
     specs = specs_from_images(images, request.external)
+    _needs.check_namespaces(len(specs), most_fds)
     try:
         fds = await server.build(_buildspec.marshal(specs))
     except BuildFailed as error:
         raise SandboxError(f"the mount namespaces can not be rebuilt: {error}") from error
     return adopt({NsId(spec.id): fd for spec, fd in zip(specs, fds, strict=True)})
-
-
-def _check_descriptors(plan: Plan, limit: int) -> None:
-    needed = 2 * len(plan.mounts) + len(plan.opens) + _SPARE_FDS
-    if needed > limit:
-        raise PlanError(
-            f"{len(plan.opens)} files on {len(plan.mounts)} mounts need {needed} descriptors at "
-            f"once, but the limit is {limit}: raise it (ulimit -Hn, LimitNOFILE=)"
-        )
 
 
 async def run_plan(request: Request, launched: Launched, report: Report) -> None:

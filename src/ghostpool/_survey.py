@@ -34,10 +34,18 @@ _T = TypeVar("_T")
 class Survey:
     """Makes the plan of one restore."""
 
-    def __init__(self, pool: WorkerPool, images: Images, policy: Policy) -> None:
+    def __init__(
+        self,
+        pool: WorkerPool,
+        images: Images,
+        policy: Policy,
+        admit: Callable[[Planner], None] = lambda planner: None,
+    ) -> None:
+        """`admit` may raise for what is to be opened, before it is."""
         self._pool = pool
         self._images = images
         self._policy = policy
+        self._admit = admit
         self.identities: dict[MountHandle, int] = {}
         """Unique id (or mnt_id, before Linux 6.8) of each planned mount."""
 
@@ -54,6 +62,7 @@ class Survey:
         }
         planner = Planner(self._images, namespaces, self._policy, token)
         planner.add_bases()
+        self._admit(planner)
         await self._open_mounts(planner)
         return planner.finish(await self._look(planner))
 

@@ -23,7 +23,7 @@ LAYERS = [
     "_pool testing",
     "_barrier _lease _plan",
     "_admission _holders _lease_table _slots",
-    "_planned",
+    "_needs _planned",
     "_match _sandbox",
     "_images _process _targets _userns",
     "_remaps",
