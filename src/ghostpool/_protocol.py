@@ -68,6 +68,19 @@ class Look(NamedTuple):
     """For each name with ".cr_link" appended."""
 
 
+class Room(NamedTuple):
+    """What statvfs(3) says of a superblock."""
+
+    block: int
+    """Bytes of a block."""
+    blocks: int
+    free_blocks: int
+    """For ordinary users: without what is reserved for root."""
+    inodes: int
+    """0: the file system makes them as they are needed."""
+    free_inodes: int
+
+
 class CreateOp(NamedTuple):
     """Make one ghost under a temporary name, through a service mount."""
 

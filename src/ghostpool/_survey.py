@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import anyio
 
+from ghostpool import _room
 from ghostpool._errors import MountNotFound, Overmounted, PlanError, leaves
 from ghostpool._match import Namespace
 from ghostpool._model import Images, MountHandle, NsId
@@ -23,7 +24,7 @@ from ghostpool._plan import Planner
 from ghostpool._planned import Plan, PlannedMount, Policy
 from ghostpool._pool import WorkerPool
 from ghostpool._process import WorkerFailure
-from ghostpool._protocol import Failure, Look, MountFacts
+from ghostpool._protocol import Failure, Look, MountFacts, Room
 from ghostpool._targets import Target
 
 _BATCH = 200
@@ -64,7 +65,9 @@ class Survey:
         planner.add_bases()
         self._admit(planner)
         await self._open_mounts(planner)
-        return planner.finish(await self._look(planner))
+        plan = planner.finish(await self._look(planner))
+        await self._check_room(planner, plan)
+        return plan
 
     def _slot(self, target: Target) -> int:
         return target.index % self._pool.jobs
@@ -157,6 +160,26 @@ class Survey:
 
         await _each(look, list(by_target.items()))
         return looks
+
+    async def _check_room(self, planner: Planner, plan: Plan) -> None:
+        by_target: dict[int, list[_room.Part]] = {}
+        for part in _room.parts_of(plan):
+            by_target.setdefault(part.mount.namespace.target.index, []).append(part)
+
+        async def check(item: tuple[int, list[_room.Part]]) -> None:
+            index, parts = item
+            handles = [part.mount.handle for part in parts]
+            slot = index % self._pool.jobs
+            answers, _ = await self._pool.call(slot, "room", handles, target=index, mounts=handles)
+            for part, fields in zip(parts, answers, strict=True):
+                if fields is None:
+                    continue
+                room = Room(*fields)
+                reason = _room.refusal(part, room, self._pool.jobs, keep=self._policy.keep)
+                if reason is not None:
+                    planner.refuse(part.mount.label, _room.no_room(reason))
+
+        await _each(check, list(by_target.items()))
 
 
 async def read_tables(pool: WorkerPool, targets: Sequence[Target]) -> dict[int, MountTable]:

@@ -47,6 +47,7 @@ class Worker:
             "mountinfo": mounts.do_mountinfo,
             "open_mounts": mounts.do_open_mounts,
             "clone": mounts.do_clone,
+            "room": mounts.do_room,
             "make_writable": mounts.do_make_writable,
             "make_read_only": mounts.do_make_read_only,
             "look": directories.do_look,

@@ -22,7 +22,7 @@ LAYERS = [
     "_guard _mend",
     "_pool testing",
     "_barrier _lease _plan",
-    "_admission _holders _lease_table _slots",
+    "_admission _holders _lease_table _room _slots",
     "_needs _planned",
     "_match _sandbox",
     "_images _process _targets _userns",
