@@ -56,6 +56,20 @@ class ExternalOption(click.ParamType[tuple[str, str]]):
             self.fail(str(error), param, ctx)
 
 
+class SizeOption(click.ParamType[int]):
+    """Bytes, or with K, M or G behind the number."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        unit = "KMG".find(text[-1:].upper()) + 1 if text else 0
+        digits = text[:-1] if unit else text
+        if not (digits.isascii() and digits.isdecimal()) or not int(digits):
+            self.fail(f"{text!r} is no size: bytes, or a number with K, M or G", param, ctx)
+        return int(digits) << 10 * unit
+
+
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say which images go where; those of criu where criu has them."""
     for decorator in reversed(
@@ -158,6 +172,7 @@ def make_request(options: dict[str, Any], keep: bool = False) -> Any:
             mapped=maps_owner(),
         ),
         stall_s=options.get("stall_timeout") or STALL_S,
+        memory_limit=options.get("memory_limit"),
     )
 
 
@@ -287,6 +302,11 @@ def cli() -> None:
     type=click.FloatRange(min=0, min_open=True),
     metavar="S",
     help="Seconds without a sign of life after which a worker hangs.  [default: 15]",
+)
+@click.option(
+    "--memory-limit",
+    type=SizeOption(),
+    help="Let further work wait while all processes of the run take more than this.",
 )
 @click.argument("cmd", nargs=-1, type=click.UNPROCESSED)
 def restore(**options: Any) -> None:

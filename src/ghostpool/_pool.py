@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import anyio
 
 from ghostpool import _linux
 from ghostpool._errors import WorkerDied, WorkerHung
+from ghostpool._memory import MemoryBound
 from ghostpool._model import MountHandle
 from ghostpool._process import Child, ForkServer, Worker
 from ghostpool._targets import Target
@@ -30,6 +31,8 @@ INSIST_STALL_S = 6.0
 """Seconds without a sign of life that it may take: to ask another one does no harm."""
 INSIST = 3
 """How many workers may die of undoing one thing before it is given up."""
+_HEAVY = frozenset(("mountinfo", "open_mounts", "clone", "look", "create", "open"))
+"""Requests that wait while the run is over its bound of memory."""
 _NAMED = 3
 """Mounts that are named where a worker hangs."""
 
@@ -44,8 +47,10 @@ class WorkerPool:
         targets: Sequence[Target],
         *,
         mount_setattr: bool = True,
+        memory: MemoryBound | None = None,
     ) -> None:
         self.jobs = jobs
+        self._memory = memory
         self.mounts: dict[MountHandle, int] = {}
         """Descriptors of mounts, owned by the pool."""
         self.labels: dict[MountHandle, str] = {}
@@ -73,9 +78,10 @@ class WorkerPool:
         targets: Sequence[Target],
         *,
         mount_setattr: bool = True,
+        memory: MemoryBound | None = None,
     ) -> AsyncIterator[WorkerPool]:
         """A pool for the time of the block; at its end no worker and no descriptor is left."""
-        pool = cls(server, jobs, targets, mount_setattr=mount_setattr)
+        pool = cls(server, jobs, targets, mount_setattr=mount_setattr, memory=memory)
         try:
             yield pool
         finally:
@@ -125,6 +131,8 @@ class WorkerPool:
         async with self._locks[slot]:
             await self._bury(slot)
             worker = self._slots[slot]
+            if worker is None and self._memory is not None and not self._memory.may_start():
+                worker = self._slots[slot] = self._least_shared()
             if worker is None:
                 worker = await self._server.worker(mount_setattr=self.mount_setattr)
                 self._slots[slot] = worker
@@ -134,6 +142,14 @@ class WorkerPool:
                 if self._images >= 0:
                     await worker.call("images", fds=[self._images])
             return worker
+
+    def _least_shared(self) -> Worker | None:
+        """The worker that serves the fewest slots: it takes one request after the other."""
+        serving: dict[Worker, int] = {}
+        for worker in self._slots:
+            if worker is not None and worker.alive:
+                serving[worker] = serving.get(worker, 0) + 1
+        return min(serving, key=lambda worker: serving[worker], default=None)
 
     async def _bury(self, slot: int) -> bool:
         """Wait a moment for the end of the slot's worker, if it was killed; whether it has ended.
@@ -173,21 +189,25 @@ class WorkerPool:
         WorkerFailure: an operation failed. WorkerDied: the worker ended. WorkerHung: it was
         killed, since it showed no sign of life for `stall_s` seconds, or those of all workers.
         """
-        worker = await self._worker(slot)
         handles = list(mounts)
-        try:
-            return await worker.call(
-                request,
-                *arguments,
-                namespace=target,
-                namespaces={target: self._targets[target]} if target >= 0 else {},
-                mounts={handle: self.mounts[handle] for handle in handles},
-                fds=fds,
-                deadline_s=deadline_s,
-                stall_s=stall_s,
-            )
-        except WorkerHung as error:
-            raise WorkerHung(f"{error}, working on {self._where(target, handles)}") from error
+        async with AsyncExitStack() as stack:
+            if self._memory is not None and request in _HEAVY:
+                await stack.enter_async_context(self._memory.turn())
+            worker = await self._worker(slot)
+            try:
+                return await worker.call(
+                    request,
+                    *arguments,
+                    namespace=target,
+                    namespaces={target: self._targets[target]} if target >= 0 else {},
+                    mounts={handle: self.mounts[handle] for handle in handles},
+                    fds=fds,
+                    deadline_s=deadline_s,
+                    stall_s=stall_s,
+                )
+            except WorkerHung as error:
+                where = self._where(target, handles)
+                raise WorkerHung(f"{error}, working on {where}") from error
 
     def _where(self, target: int, handles: Sequence[MountHandle]) -> str:
         labels = {self.labels[handle]: None for handle in handles if handle in self.labels}

@@ -233,6 +233,10 @@ class ForkServer:
         if failed is not None:
             raise failed
 
+    def pids(self) -> list[int]:
+        """The fork server itself, then its children."""
+        return [self._launched.pid, *self._children]
+
     async def _listen(self) -> None:
         # Shielded: whoever undoes things after a cancellation needs new workers.
         with self._listening:

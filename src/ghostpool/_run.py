@@ -22,6 +22,7 @@ from ghostpool._errors import PlanError, SandboxError
 from ghostpool._guard import Guard
 from ghostpool._images import read_images
 from ghostpool._launch import Launched
+from ghostpool._memory import MemoryBound
 from ghostpool._model import Images, MountHandle, NsId
 from ghostpool._needs import Consumers
 from ghostpool._plan import Planner
@@ -54,6 +55,8 @@ class Request:
     """Who takes the files over; None: nobody, or the library's own caller."""
     stall_s: float = STALL_S
     """Seconds without a sign of life after which a process that is waited for hangs."""
+    memory_limit: int | None = None
+    """Bytes that the run may take before further work waits; None: as many as it needs."""
 
 
 @dataclass(slots=True)
@@ -127,8 +130,13 @@ async def prepared(
             try:
                 images = read_images(request.images_dir, directory_fd=images_fd)
                 by_id, targets = await _targets(request, images, server, hard)
+                memory = _memory_bound(request, server)
                 async with WorkerPool.running(
-                    server, request.jobs, targets, mount_setattr=request.mount_setattr
+                    server,
+                    request.jobs,
+                    targets,
+                    mount_setattr=request.mount_setattr,
+                    memory=memory,
                 ) as pool:
                     pool.set_images(images_fd)
                     try:
@@ -138,6 +146,8 @@ async def prepared(
                         report.identities = survey.identities
                         _log_plan(plan)
                         check(plan)
+                        if memory is not None:
+                            await memory.check()
                         report.ready = not plan.refusals
                         yield Prepared(
                             request,
@@ -154,12 +164,20 @@ async def prepared(
                             await pool.stop()
                         report.workers = max(report.workers, pool.started)
                         report.peak_rss = max(report.peak_rss, pool.peak_rss)
+                        if memory is not None:
+                            report.memory = (memory.limit, memory.peak)
             finally:
                 os.close(images_fd)
     finally:
         _linux.close_all(target.fd for target in targets)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard))
         report.elapsed_s = time.monotonic() - begun
+
+
+def _memory_bound(request: Request, server: ForkServer) -> MemoryBound | None:
+    if request.memory_limit is None:
+        return None
+    return MemoryBound(request.memory_limit, lambda: [os.getpid(), *server.pids()])
 
 
 def _log_plan(plan: Plan) -> None:

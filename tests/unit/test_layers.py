@@ -21,7 +21,7 @@ LAYERS = [
     "_ledger _mountkernel",
     "_guard _mend",
     "_pool testing",
-    "_barrier _lease _plan",
+    "_barrier _lease _memory _plan",
     "_admission _holders _lease_table _room _slots",
     "_needs _planned",
     "_match _sandbox",
