@@ -350,6 +350,7 @@ def restore(**options: Any) -> None:
                 request = replace(request, consumers="commands")
                 deliver = _deliver.commands(cmd)
             elif options["keep"] or options["discard"]:
+                request = replace(request, consumers="nobody")
                 deliver = _deliver.discard
             else:
                 request = replace(request, consumers="sockets")

@@ -12,8 +12,8 @@ from typing import Literal
 
 from ghostpool._errors import PlanError
 
-Consumers = Literal["commands", "sockets"]
-"""Who takes the restored files over: a child per task, or a connection per task."""
+Consumers = Literal["commands", "sockets", "nobody"]
+"""Who takes the restored files over: a child per task, a connection per task, or nobody."""
 
 # Standard streams, sockets and event loop, images, and what is open for a moment.
 _COORDINATOR = 40
@@ -23,7 +23,7 @@ _OF_COMMAND = 8
 """A command's status socket, namespace, standard streams, and copies of some of them."""
 _CACHED_DIRECTORIES = 128
 _IN_ANSWER = 200
-"""Descriptors that a worker has open twice while it answers."""
+"""Descriptors that a worker opens for one answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,8 @@ class Counts:
     mounts: int
     """Each may get a private clone."""
     opens: int
+    held: bool
+    """The opened files are held until the end."""
     directories: int
     tasks: int
     most_of_task: int
@@ -64,11 +66,12 @@ def needs(counts: Counts, jobs: int, consumers: Consumers | None) -> dict[str, i
     """The most descriptors of each kind of process, by its name."""
     workers = min(jobs, max(counts.namespaces, counts.directories, 1))
     worked_on = counts.namespaces + 2 * counts.mounts
-    delivery = _COORDINATOR + counts.namespaces + counts.opens
-    if consumers is not None:
+    held = counts.opens if counts.held else 0
+    delivery = _COORDINATOR + counts.namespaces + held
+    if consumers in ("commands", "sockets"):
         delivery += counts.tasks
     # Socket and pidfd of each worker, and of the guardian.
-    restore = _COORDINATOR + worked_on + counts.opens + 2 * (workers + 1)
+    restore = _COORDINATOR + worked_on + held + 2 * (workers + 1)
     found = {
         "the coordinator": max(restore, delivery),
         "a worker": _CHILD

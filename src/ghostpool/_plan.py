@@ -190,8 +190,8 @@ class Planner:
                 if base is not None:
                     self._planned(*base)
 
-    def counts(self) -> Counts:
-        """How much there is to hold open."""
+    def counts(self, held: bool) -> Counts:
+        """How much there is to hold open; `held`: the files themselves too."""
         numbers = [
             [d.number for d in task.descriptors if d.reg_id in self._openings]
             for task in self._images.tasks
@@ -200,6 +200,7 @@ class Planner:
             namespaces=len({n.target.index for n in self._namespaces.values()}),
             mounts=len(self._plan.mounts),
             opens=len(self._openings),
+            held=held,
             directories=len(self._wanted),
             tasks=len(self._images.tasks),
             most_of_task=max(map(len, numbers), default=0),

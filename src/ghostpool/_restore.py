@@ -107,6 +107,7 @@ class Restoration:
         guard: Guard,
         *,
         keep: bool = False,
+        hold: bool = True,
         own_owner: bool = False,
         progress: Progress = _silent,
     ) -> None:
@@ -114,6 +115,7 @@ class Restoration:
         self._plan = plan
         self._pool = pool
         self._keep = keep
+        self._hold = hold
         self._own_owner = own_owner
         self._progress = progress
         self._kernel = PoolMounts(pool, plan.mounts, guard)
@@ -296,7 +298,8 @@ class Restoration:
         try:
             answers, fds = await self._pool.call(
                 slot,
-                "open",
+                # Whoever wants them when they are kept has the names.
+                "open" if self._hold else "open_kept",
                 [tuple(operation) for operation in operations],
                 target=opens[0].opening.mount.namespace.target.index,
                 mounts=handles,
@@ -304,8 +307,10 @@ class Restoration:
         except WorkerFailure as error:
             name = text(opens[max(0, error.failure.at)].opening.file.name)
             raise self._failed(error.failure, name) from error
-        for planned, fields, fd in zip(opens, answers, fds, strict=True):
-            self.restored.fds[planned.opening.file.id] = fd
+        if self._hold:
+            ids = (planned.opening.file.id for planned in opens)
+            self.restored.fds.update(zip(ids, fds, strict=True))
+        for planned, fields in zip(opens, answers, strict=True):
             opened = Opened(*fields)
             self.restored.left += [left_behind(planned.opening.mount, path) for path in opened.left]
         if not self._keep:

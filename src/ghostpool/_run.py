@@ -52,11 +52,16 @@ class Request:
     mount_setattr: bool = True
     """False: do as on Linux before 5.12, with mount(2)."""
     consumers: Consumers | None = None
-    """Who takes the files over; None: nobody, or the library's own caller."""
+    """Who takes the files over; None: the caller of the library itself."""
     stall_s: float = STALL_S
     """Seconds without a sign of life after which a process that is waited for hangs."""
     memory_limit: int | None = None
     """Bytes that the run may take before further work waits; None: as many as it needs."""
+
+    @property
+    def holds(self) -> bool:
+        """The opened files are held until the end: unless they are kept by name and for nobody."""
+        return not (self.policy.keep and self.consumers == "nobody")
 
 
 @dataclass(slots=True)
@@ -84,6 +89,7 @@ class Prepared:
                 self.identities,
                 guard,
                 keep=self.request.policy.keep,
+                hold=self.request.holds,
                 own_owner=self.request.policy.own_owner,
                 progress=progress,
             )
@@ -119,7 +125,7 @@ async def prepared(
     begun = time.monotonic()
 
     def admit(planner: Planner) -> None:
-        _needs.check(planner.counts(), request.jobs, request.consumers, hard)
+        _needs.check(planner.counts(request.holds), request.jobs, request.consumers, hard)
 
     soft_limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

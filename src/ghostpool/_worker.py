@@ -41,6 +41,7 @@ class Worker:
         directories = Directories(self._mounts)
         mounts = MountWork(self._mounts, own_fds, mount_setattr)
         self._creating = CreateWork(directories, own_fds)
+        opening = OpenWork(directories, own_fds)
         # Every request gets a list for the descriptors that go back with its result.
         self._requests: dict[str, Callable[..., Any]] = {
             "ping": lambda _: os.getpid(),
@@ -54,7 +55,8 @@ class Worker:
             "forget_directories": directories.do_forget_directories,
             "create": self._creating.do_create,
             "place": self._creating.do_place,
-            "open": OpenWork(directories, own_fds).do_open,
+            "open": opening.do_open,
+            "open_kept": opening.do_open_kept,
             "remove": RemoveWork(directories).do_remove,
             "finish": _last_words,
         }

@@ -104,6 +104,15 @@ def test_numbers_of_a_command_are_seen_in_the_plan(tmp_path: Path) -> None:
         assert limited(900, *where, "--discard").status == 0
 
 
+def test_kept_files_are_not_held(tmp_path: Path) -> None:
+    """Their names are enough, so there may be more of them than descriptors."""
+    images = many_files().write(tmp_path)
+    with live([read_only(10, b"/m0", "keep")]) as (one,):
+        done = limited(250, "restore", "-D", images, "-t", one.pid, "-j", 1, "--keep")
+        assert (done.status, done.err) == (0, ""), done
+        assert len(os.listdir(f"/proc/{one.pid}/root/m0")) == 301
+
+
 def test_more_namespaces_than_descriptors(tmp_path: Path) -> None:
     made = ImageSet()
     for number in range(100):
