@@ -92,6 +92,7 @@ NEEDED: dict[str, int] = {
     "create": int(_FILES | Cap.MKNOD),
     "place": _NAMES,
     "open": _NAMES,
+    "open_kept": _NAMES,
     "remove": _NAMES,
 }
 """What each request of a worker needs; one that is not here needs nothing."""

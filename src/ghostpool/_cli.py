@@ -72,6 +72,20 @@ class ExternalOption(click.ParamType[tuple[str, str]]):
             self.fail(str(error), param, ctx)
 
 
+class SizeOption(click.ParamType[int]):
+    """Bytes, or with K, M or G behind the number."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        unit = "KMG".find(text[-1:].upper()) + 1 if text else 0
+        digits = text[:-1] if unit else text
+        if not (digits.isascii() and digits.isdecimal()) or not int(digits):
+            self.fail(f"{text!r} is no size: bytes, or a number with K, M or G", param, ctx)
+        return int(digits) << 10 * unit
+
+
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say which images go where; those of criu where criu has them."""
     for decorator in reversed(
@@ -155,6 +169,7 @@ def make_request(options: dict[str, Any], keep: bool = False) -> Any:
     """The Request of target options."""
     from ghostpool._planned import Policy
     from ghostpool._run import Request
+    from ghostpool._stall import STALL_S
     from ghostpool._userns import maps_owner
 
     numbers = [number for number, _ in options["namespaces"]]
@@ -172,6 +187,8 @@ def make_request(options: dict[str, Any], keep: bool = False) -> Any:
             keep=keep,
             mapped=maps_owner(),
         ),
+        stall_s=options.get("stall_timeout") or STALL_S,
+        memory_limit=options.get("memory_limit"),
     )
 
 
@@ -302,6 +319,17 @@ def cli() -> None:
     metavar="S",
     help="Seconds that the whole run may take.",
 )
+@click.option(
+    "--stall-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="Seconds without a sign of life after which a worker hangs.  [default: 15]",
+)
+@click.option(
+    "--memory-limit",
+    type=SizeOption(),
+    help="Let further work wait while all processes of the run take more than this.",
+)
 @click.argument("cmd", nargs=-1, type=click.UNPROCESSED)
 def restore(**options: Any) -> None:
     """Restore ghost files and start CMD for each task, holding the task's descriptors.
@@ -331,6 +359,8 @@ def restore(**options: Any) -> None:
 
     # The fork server boots while this process imports its event loop.
     launched = launch()
+    from dataclasses import replace
+
     from ghostpool import _deliver, _run
     from ghostpool._report import Report
 
@@ -341,10 +371,13 @@ def restore(**options: Any) -> None:
             check_report_path(report_path)
             request = make_request(options, keep=options["keep"])
             if cmd:
+                request = replace(request, consumers="commands")
                 deliver = _deliver.commands(cmd, reduce(or_, options["cap_add"], 0))
             elif options["keep"] or options["discard"]:
+                request = replace(request, consumers="nobody")
                 deliver = _deliver.discard
             else:
+                request = replace(request, consumers="sockets")
                 deliver = serving(options["serve"], stack, err=report_path == "-")
         except PlanError as error:
             report.status, report.error = EXIT_REFUSED, error

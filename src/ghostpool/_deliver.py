@@ -23,6 +23,8 @@ from ghostpool._run import Delivery, Prepared
 
 TERM_S = 5.0
 """Seconds that commands have after SIGTERM, before SIGKILL."""
+KILL_S = 5.0
+"""Seconds that are waited for a killed command, which uninterruptible sleep delays."""
 
 
 def environment_of(
@@ -117,5 +119,7 @@ async def _end(children: list[Child]) -> None:
                 await child.wait()
         for child in alive:
             child.signal(signal.SIGKILL)
-        for child in alive:
-            await child.wait()
+        # One that not even this ends is named when the fork server ends.
+        with anyio.move_on_after(KILL_S):
+            for child in alive:
+                await child.wait()

@@ -39,6 +39,14 @@ class OpenWork:
                 raise Failed(index, code, self._step, path, operation.live) from error
         return done
 
+    def do_open_kept(self, _: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
+        """The same for files that stay by name: what was opened to be checked is closed here."""
+        opened: list[int] = []
+        try:
+            return self.do_open(opened, operations)
+        finally:
+            _linux.close_all(opened)
+
     def _open(self, operation: OpenOp, out: list[int]) -> Opened:
         if not operation.temp_name:
             directory = self._directories.open(operation.live, operation.live_directory)

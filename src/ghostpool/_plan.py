@@ -36,6 +36,7 @@ from ghostpool._model import (
     Task,
 )
 from ghostpool._mountinfo import LiveMount
+from ghostpool._needs import Counts
 from ghostpool._paths import is_below, join, relative_to, text
 from ghostpool._planned import (
     Opening,
@@ -203,6 +204,23 @@ class Planner:
                 base = self._find_base(openings)
                 if base is not None:
                     self._planned(*base)
+
+    def counts(self, held: bool) -> Counts:
+        """How much there is to hold open; `held`: the files themselves too."""
+        numbers = [
+            [d.number for d in task.descriptors if d.reg_id in self._openings]
+            for task in self._images.tasks
+        ]
+        return Counts(
+            namespaces=len({n.target.index for n in self._namespaces.values()}),
+            mounts=len(self._plan.mounts),
+            opens=len(self._openings),
+            held=held,
+            directories=len(self._wanted),
+            tasks=len(self._images.tasks),
+            most_of_task=max(map(len, numbers), default=0),
+            highest_number=max((number for some in numbers for number in some), default=-1),
+        )
 
     # -- step two -------------------------------------------------------------------------------
 

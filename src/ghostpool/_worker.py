@@ -46,19 +46,22 @@ class Worker:
         directories = Directories(self._mounts)
         mounts = MountWork(self._mounts, own_fds, mount_setattr)
         creating = CreateWork(directories, own_fds)
+        opening = OpenWork(directories, own_fds)
         # Every request gets a list for the descriptors that go back with its result.
         requests: dict[str, Callable[..., Any]] = {
             "ping": lambda _: os.getpid(),
             "mountinfo": mounts.do_mountinfo,
             "open_mounts": mounts.do_open_mounts,
             "clone": mounts.do_clone,
+            "room": mounts.do_room,
             "make_writable": mounts.do_make_writable,
             "make_read_only": mounts.do_make_read_only,
             "look": directories.do_look,
             "forget_directories": directories.do_forget_directories,
             "create": lambda out, operations: creating.do_create(out, operations, *self.given),
             "place": creating.do_place,
-            "open": OpenWork(directories, own_fds).do_open,
+            "open": opening.do_open,
+            "open_kept": opening.do_open_kept,
             "remove": RemoveWork(directories).do_remove,
             "finish": _last_words,
         }

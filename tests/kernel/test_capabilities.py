@@ -126,9 +126,12 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Held]]:
     return seen
 
 
-async def restore(images: Path, pid: int, devices: bool = False) -> Report:
+async def restore(images: Path, pid: int, devices: bool = False, keep: bool = False) -> Report:
     report = Report()
-    request = _run.Request(str(images), 1, tree=pid, policy=Policy(allow_devices=devices))
+    policy = Policy(allow_devices=devices, keep=keep)
+    request = _run.Request(
+        str(images), 1, tree=pid, policy=policy, consumers="nobody" if keep else None
+    )
     await _run.run_restore(request, launch(), report, _deliver.discard)
     assert report.restored
     return report
@@ -140,8 +143,10 @@ async def restore(images: Path, pid: int, devices: bool = False) -> Report:
 async def test_a_worker_has_what_its_request_needs(
     tmp_path: Path, watched: dict[str, list[Held]]
 ) -> None:
-    with live(make_data) as target:
-        await restore(make_images(tmp_path), target.pid)
+    images = make_images(tmp_path)
+    for keep in (False, True):
+        with live(make_data) as target:
+            await restore(images, target.pid, keep=keep)
     workers = watched["worker"]
     assert {held.request for held in workers} >= set(NEEDED)
     for held in workers:
@@ -187,6 +192,7 @@ async def test_what_a_worker_holds(tmp_path: Path, watched: dict[str, list[Held]
     images = make_images(tmp_path)
     with live(make_data) as target:
         await restore(images, target.pid)
+        await restore(images, target.pid, keep=True)
         namespace = os.readlink(f"/proc/self/fd/{target.namespace}")
     phases = set()
     for held in watched["worker"]:
