@@ -40,6 +40,20 @@ class NamespaceOption(click.ParamType[tuple[int, str]]):
             self.fail(str(error), param, ctx)
 
 
+class SizeOption(click.ParamType[int]):
+    """Bytes, or a number with a suffix."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from ghostpool._limits import parse_size
+
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 class ExternalOption(click.ParamType[tuple[str, str]]):
     """KEY=PATH, or criu's mnt[KEY]:PATH."""
 
@@ -106,6 +120,13 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--allow-devices", is_flag=True, help="Restore character and block devices."
             ),
             click.option("--allow-setuid", is_flag=True, help="Restore setuid and setgid files."),
+            click.option(
+                "--max-size",
+                type=SizeOption(),
+                default="1T",
+                show_default=True,
+                help="Largest apparent size of a ghost (suffix K, M, G, T or P).",
+            ),
             click.option("-v", "verbose", count=True, help="Say more; twice for everything."),
             click.option("-o", "--log-file", metavar="FILE", help="Log to FILE, not to stderr."),
         )
@@ -135,7 +156,20 @@ def usable_cpus() -> int:
     return len(psutil.Process().cpu_affinity() or [0])
 
 
-def make_request(options: dict[str, Any], keep: bool = False) -> Any:
+def begin_reading(options: dict[str, Any]) -> Any:
+    """Have the images read from now on; the Reading, or the PlanError that the run raises.
+
+    Called before anything heavy is imported: the reader works meanwhile, on another CPU.
+    """
+    from ghostpool._startreader import start_reading
+
+    try:
+        return start_reading(options["images_dir"], options["max_size"])
+    except PlanError as error:
+        return error
+
+
+def make_request(options: dict[str, Any], reading: Any, keep: bool = False) -> Any:
     """The Request of target options."""
     from ghostpool._planned import Policy
     from ghostpool._run import Request
@@ -150,6 +184,8 @@ def make_request(options: dict[str, Any], keep: bool = False) -> Any:
         tree=options["tree"],
         namespaces=dict(options["namespaces"]),
         external=dict(options["external"]),
+        max_size=options["max_size"],
+        reading=reading,
         policy=Policy(
             allow_devices=options["allow_devices"],
             allow_setuid=options["allow_setuid"],
@@ -307,6 +343,7 @@ def restore(**options: Any) -> None:
 
     # The fork server boots while this process imports its event loop.
     launched = launch()
+    reading = begin_reading(options)
     from ghostpool import _deliver, _run
     from ghostpool._report import Report
 
@@ -315,7 +352,7 @@ def restore(**options: Any) -> None:
         try:
             set_up_logging(options["verbose"], options["log_file"])
             check_report_path(report_path)
-            request = make_request(options, keep=options["keep"])
+            request = make_request(options, reading, keep=options["keep"])
             if cmd:
                 deliver = _deliver.commands(cmd)
             elif options["keep"] or options["discard"]:
@@ -351,13 +388,14 @@ def plan(**options: Any) -> None:
     from ghostpool._launch import launch
 
     launched = launch()
+    reading = begin_reading(options)
     from ghostpool import _run
     from ghostpool._report import Report, plan_document
 
     report = Report(strategy=options["strategy"])
     try:
         set_up_logging(options["verbose"], options["log_file"])
-        request = make_request(options, keep=options["keep"])
+        request = make_request(options, reading, keep=options["keep"])
     except PlanError as error:
         report.status, report.error = EXIT_REFUSED, error
         finish(report, None)

@@ -253,9 +253,9 @@ def unshare(flags: int) -> None:
         raise _fail("unshare")
 
 
-def prctl(option: int, value: int = 0) -> None:
-    """prctl(2) with one numeric argument."""
-    args = [ctypes.c_ulong(value)] + [ctypes.c_ulong(0)] * 3
+def prctl(option: int, value: int = 0, further: int = 0) -> None:
+    """prctl(2) with one or two numeric arguments."""
+    args = [ctypes.c_ulong(value), ctypes.c_ulong(further)] + [ctypes.c_ulong(0)] * 2
     if _libc.prctl(option, *args) < 0:
         raise _fail("prctl")
 

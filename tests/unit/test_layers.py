@@ -25,8 +25,8 @@ LAYERS = [
     "_admission _holders _lease_table _slots",
     "_planned",
     "_match _sandbox",
-    "_process _targets _userns",
-    "_images",
+    "_reader _reading _process _targets _userns",
+    "_imagerows _images _startreader",
     "_remaps",
     "_filetable _ghostfile",
     "_imagemounts",
@@ -38,14 +38,14 @@ LAYERS = [
     "_worker",
     "_buildfiles _creating _mountwork _opening _removing",
     "_directories _failed",
-    "_protocol",
+    "_confine _protocol",
     "_buildspec _mountinfo",
     "_errors _linux",
 ]
 CHILD_SIDE = """
     _forkserver _guardian _build _descriptors _worker
     _buildfiles _creating _mountwork _opening _removing
-    _directories _failed _protocol _buildspec _mountinfo
+    _directories _failed _protocol _confine _buildspec _mountinfo
 """
 
 
