@@ -56,6 +56,20 @@ class CapabilityOption(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class SizeOption(click.ParamType[int]):
+    """Bytes, or a number with a suffix."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from ghostpool._limits import parse_size
+
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 class ExternalOption(click.ParamType[tuple[str, str]]):
     """KEY=PATH, or criu's mnt[KEY]:PATH."""
 
@@ -70,20 +84,6 @@ class ExternalOption(click.ParamType[tuple[str, str]]):
             return parse_external(value)
         except (ValueError, GhostpoolError) as error:
             self.fail(str(error), param, ctx)
-
-
-class SizeOption(click.ParamType[int]):
-    """Bytes, or with K, M or G behind the number."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        text = str(value)
-        unit = "KMG".find(text[-1:].upper()) + 1 if text else 0
-        digits = text[:-1] if unit else text
-        if not (digits.isascii() and digits.isdecimal()) or not int(digits):
-            self.fail(f"{text!r} is no size: bytes, or a number with K, M or G", param, ctx)
-        return int(digits) << 10 * unit
 
 
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,6 +136,13 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--allow-devices", is_flag=True, help="Restore character and block devices."
             ),
             click.option("--allow-setuid", is_flag=True, help="Restore setuid and setgid files."),
+            click.option(
+                "--max-size",
+                type=SizeOption(),
+                default="1T",
+                show_default=True,
+                help="Largest apparent size of a ghost (suffix K, M, G, T or P).",
+            ),
             click.option("-v", "verbose", count=True, help="Say more; twice for everything."),
             click.option("-o", "--log-file", metavar="FILE", help="Log to FILE, not to stderr."),
         )
@@ -165,7 +172,20 @@ def usable_cpus() -> int:
     return len(psutil.Process().cpu_affinity() or [0])
 
 
-def make_request(options: dict[str, Any], keep: bool = False) -> Any:
+def begin_reading(options: dict[str, Any]) -> Any:
+    """Have the images read from now on; the Reading, or the PlanError that the run raises.
+
+    Called before anything heavy is imported: the reader works meanwhile, on another CPU.
+    """
+    from ghostpool._startreader import start_reading
+
+    try:
+        return start_reading(options["images_dir"], options["max_size"])
+    except PlanError as error:
+        return error
+
+
+def make_request(options: dict[str, Any], reading: Any, keep: bool = False) -> Any:
     """The Request of target options."""
     from ghostpool._planned import Policy
     from ghostpool._run import Request
@@ -181,6 +201,8 @@ def make_request(options: dict[str, Any], keep: bool = False) -> Any:
         tree=options["tree"],
         namespaces=dict(options["namespaces"]),
         external=dict(options["external"]),
+        max_size=options["max_size"],
+        reading=reading,
         policy=Policy(
             allow_devices=options["allow_devices"],
             allow_setuid=options["allow_setuid"],
@@ -359,6 +381,7 @@ def restore(**options: Any) -> None:
 
     # The fork server boots while this process imports its event loop.
     launched = launch()
+    reading = begin_reading(options)
     from dataclasses import replace
 
     from ghostpool import _deliver, _run
@@ -369,7 +392,7 @@ def restore(**options: Any) -> None:
         try:
             set_up_logging(options["verbose"], options["log_file"])
             check_report_path(report_path)
-            request = make_request(options, keep=options["keep"])
+            request = make_request(options, reading, keep=options["keep"])
             if cmd:
                 request = replace(request, consumers="commands")
                 deliver = _deliver.commands(cmd, reduce(or_, options["cap_add"], 0))
@@ -408,13 +431,14 @@ def plan(**options: Any) -> None:
     from ghostpool._launch import launch
 
     launched = launch()
+    reading = begin_reading(options)
     from ghostpool import _run
     from ghostpool._report import Report, plan_document
 
     report = Report(strategy=options["strategy"])
     try:
         set_up_logging(options["verbose"], options["log_file"])
-        request = make_request(options, keep=options["keep"])
+        request = make_request(options, reading, keep=options["keep"])
     except PlanError as error:
         report.status, report.error = EXIT_REFUSED, error
         finish(report, None)

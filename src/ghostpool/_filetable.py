@@ -14,8 +14,9 @@ from typing import Any, Final
 
 from ghostpool._errors import ImageError, UnsupportedError
 from ghostpool._imagefile import ImageDirectory
-from ghostpool._imagemounts import is_image_path
+from ghostpool._limits import TEXT_LIMIT
 from ghostpool._model import MntId, RegFile, RegId
+from ghostpool._paths import is_image_path
 
 # enum fd_types, and the field of file_entry that holds the details.
 FD_TYPE_REG: Final = 1
@@ -103,6 +104,8 @@ def _reg(name: str, number: int, entry: Any) -> RegFile:
     external = entry.ext
     if not external and not is_image_path(path):
         raise ImageError(name, number, f"{path[:80]!r} is no absolute, normal path of a file")
+    if external and (len(path) > TEXT_LIMIT or b"\0" in path):
+        raise ImageError(name, number, f"{path[:80]!r} is no name of an external file")
     mnt_id = entry.mnt_id if entry.HasField("mnt_id") else -1
     return RegFile(
         RegId(entry.id),

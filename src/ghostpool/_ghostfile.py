@@ -8,14 +8,15 @@ forever, and a worker that trusts an offset would write where it should not.
 
 from __future__ import annotations
 
-import os
 import stat
 from typing import Any, Final
 
 from ghostpool._errors import ImageError
-from ghostpool._imagefile import ImageDirectory, record_length
+from ghostpool._imagefile import ImageDirectory, Window
+from ghostpool._limits import Tally, beyond
 from ghostpool._model import Extent, Ghost, GhostId
-from ghostpool._schema import decode, message_class
+from ghostpool._paths import ghost_file_name
+from ghostpool._schema import message_class
 
 _ENTRY: Final = message_class("ghost_file_entry")
 _CHUNK: Final = message_class("ghost_chunk_entry")
@@ -27,70 +28,30 @@ _KINDS: Final = frozenset(
 _TARGET_MAX: Final = 4095
 
 
-def ghost_file_name(ghost: int) -> str:
-    """Ghost ids are hexadecimal in file names, without padding."""
-    return f"ghost-file-{ghost:x}.img"
-
-
 def read_ghost(source: ImageDirectory, ghost: GhostId, *, referrer: int) -> Ghost:
     """Read the image of `ghost`; `referrer` is the record of remap-fpath.img that needs it.
 
     ImageError: missing, malformed, or its content contradicts its entry.
     """
     name = ghost_file_name(ghost)
-    opened = source.open(name)
-    if opened is None:
-        raise ImageError(name, None, f"is missing, but remap-fpath.img, record {referrer} needs it")
-    fd, size = opened
-    try:
-        image = _Image(name, fd, size)
+    with source.window(name, "ghost-file", _WINDOW) as image:
+        if image is None:
+            raise ImageError(
+                name, None, f"is missing, but remap-fpath.img, record {referrer} needs it"
+            )
         entry, at = _entry(source, image)
-        return _ghost(image, ghost, entry, at)
-    except OSError as error:
-        raise ImageError(name, None, f"can not be read: {error.strerror}") from error
-    finally:
-        os.close(fd)
+        return _ghost(image, ghost, entry, at, source.tally)
 
 
-class _Image:
-    """Positioned reads of one image through a small window."""
-
-    __slots__ = ("_fd", "_start", "name", "size", "window")
-
-    def __init__(self, name: str, fd: int, size: int) -> None:
-        self.name = name
-        self.size = size
-        self._fd = fd
-        self._start = 0
-        self.window = os.pread(fd, _WINDOW, 0)
-
-    def read(self, at: int, length: int) -> bytes:
-        """`length` bytes at `at`; fewer only at the end of the file."""
-        offset = at - self._start
-        if offset >= 0 and offset + length <= len(self.window):
-            return self.window[offset : offset + length]
-        self.window = os.pread(self._fd, max(length, _WINDOW), at)
-        self._start = at
-        return self.window[:length]
-
-    def record(self, kind: Any, number: int, at: int) -> tuple[Any, int]:
-        """The record at `at`, and where it ends."""
-        length = record_length(self.name, number, self.read(at, 4), self.size - at)
-        data = self.read(at + 4, length)
-        if len(data) < length:
-            raise ImageError(self.name, number, "the file shrank while it was read")
-        return decode(kind, data, self.name, number), at + 4 + length
-
-
-def _entry(source: ImageDirectory, image: _Image) -> tuple[Any, int]:
+def _entry(source: ImageDirectory, image: Window) -> tuple[Any, int]:
     """The ghost_file_entry, and where the content begins."""
-    start = source.check_head(image.name, "ghost-file", image.window)
+    start = source.check_head(image.name, "ghost-file", image.read(0, 8))
     if start == image.size:
         raise ImageError(image.name, None, "holds no record: is it cut?")
     return image.record(_ENTRY, 0, start)
 
 
-def _ghost(image: _Image, ghost: GhostId, entry: Any, at: int) -> Ghost:
+def _ghost(image: Window, ghost: GhostId, entry: Any, at: int, tally: Tally) -> Ghost:
     name = image.name
     mode = entry.mode
     kind = mode & 0o170000
@@ -102,9 +63,12 @@ def _ghost(image: _Image, ghost: GhostId, entry: Any, at: int) -> Ghost:
     if kind == stat.S_IFREG:
         if entry.chunks:
             size = _logical_size(name, entry)
-            extents = _chunks(image, at, size)
+            tally.size(name, size)
+            extents = _chunks(image, at, size, tally)
         elif image.size > at:
             size = image.size - at
+            tally.size(name, size)
+            tally.content(name, 0, size)
             extents = (Extent(0, size, at),)
     elif image.size > at or entry.chunks:
         raise ImageError(name, 0, f"content follows a file of mode {mode:#o}, which has none")
@@ -126,12 +90,20 @@ def _logical_size(name: str, entry: Any) -> int:
     return size
 
 
-def _chunks(image: _Image, at: int, size: int) -> tuple[Extent, ...]:
+def _chunks(image: Window, at: int, size: int, tally: Tally) -> tuple[Extent, ...]:
     extents: list[Extent] = []
     covered = 0
     number = 1
     while at < image.size:
-        chunk, at = image.record(_CHUNK, number, at)
+        if number > tally.limits.chunks:
+            raise beyond(
+                image.name,
+                number,
+                f"{number:,} chunks",
+                f"{tally.limits.chunks:,}",
+                "copy the file without its holes before the dump",
+            )
+        chunk, at = image.record(_CHUNK, number, at, "chunks")
         offset, length = chunk.off, chunk.len
         if offset + length > size:
             raise ImageError(
@@ -151,6 +123,7 @@ def _chunks(image: _Image, at: int, size: int) -> tuple[Extent, ...]:
             )
         covered = offset + length
         if length:
+            tally.content(image.name, number, length)
             extents.append(Extent(offset, length, at))
         at += length
         number += 1
@@ -183,4 +156,4 @@ def _target(name: str, entry: Any) -> bytes:
     return target
 
 
-__all__ = ["ghost_file_name", "read_ghost"]
+__all__ = ["read_ghost"]

@@ -9,22 +9,21 @@ Source: CRIU images/README and criu/include/magic.h, CRIU 4.2; little endian onl
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Final
 
 from ghostpool._errors import ImageError, UnsupportedError
+from ghostpool._imagesource import DirectorySource, ImageSource, OpenImage
+from ghostpool._limits import Limits, Tally
 from ghostpool._schema import decode, message_class
-
-RECORD_LIMIT: Final = 16 << 20
-"""Longest record that is accepted, in bytes; CRIU knows no limit, real ones stay far below."""
 
 _COMMON_MAGIC: Final = 0x54564319
 _WORD: Final = struct.Struct("<I")
+_WINDOW: Final = 1 << 16
 _REMEDY: Final = "is this the directory given to criu dump -D?"
 
 # Magic word and message of each kind of image.
@@ -49,13 +48,14 @@ _HEADS: Final = (
 
 
 class ImageDirectory:
-    """An open image directory; `fd` is only borrowed when the caller brought it."""
+    """The images of one dump, and what they have asked for so far."""
 
-    def __init__(self, path: str, fd: int) -> None:
+    def __init__(self, path: str, source: ImageSource, limits: Limits) -> None:
         self.path = path
-        self.fd = fd
+        self.tally = Tally(limits)
+        self._source = source
         try:
-            self.names = frozenset(os.listdir(fd))
+            self.names = frozenset(self._counted_names())
         except OSError as error:
             raise ImageError(path, None, f"can not be listed: {error.strerror}") from error
         if "inventory.img" not in self.names:
@@ -70,30 +70,32 @@ class ImageDirectory:
             )
         self._two_magics = version == 2
 
+    def _counted_names(self) -> Iterator[str]:
+        for name in self._source.names():
+            self.tally.count(self.path, None, "names")
+            yield name
+
+    def expect(self, names: list[str]) -> None:
+        """Hint: these images will be read, in this order."""
+        self._source.expect(names)
+
     def head(self, kind: str) -> bytes:
         """The bytes that an image of `kind` begins with in this directory."""
         return _HEADS[self._two_magics][kind]
 
-    def open(self, name: str) -> tuple[int, int] | None:
-        """Descriptor and size in bytes of the image `name`; None if there is none.
-
-        `name` is a single component, so O_NOFOLLOW alone keeps it inside the directory, and
-        O_NONBLOCK keeps a fifo in the place of an image from blocking us: open(2).
-        """
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
+    @contextmanager
+    def window(self, name: str, kind: str, size: int) -> Iterator[Window | None]:
+        """The image `name` through a window of `size` bytes; None if there is none."""
+        opened = self._source.open(name)
+        if opened is None:
+            yield None
+            return
         try:
-            fd = os.open(name, flags, dir_fd=self.fd)
-        except FileNotFoundError:
-            return None
+            yield Window(name, kind, opened, size, self.tally)
         except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise ImageError(name, None, "is a symbolic link, not an image") from None
-            raise ImageError(name, None, f"can not be opened: {error.strerror}") from error
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(fd)
-            raise ImageError(name, None, "is not a regular file")
-        return fd, status.st_size
+            raise ImageError(name, None, f"can not be read: {error.strerror}") from error
+        finally:
+            opened.close()
 
     def check_head(self, name: str, kind: str, data: bytes) -> int:
         """Check that `data` begins as an image of `kind` does; returns the length of the head."""
@@ -116,41 +118,31 @@ class ImageDirectory:
         `payload` says how many raw bytes follow a record; they are checked to be there and
         skipped. Absent and without a record mean the same to CRIU.
         """
-        opened = self.open(name)
-        if opened is None:
-            return
-        fd, size = opened
         parse = message_class(_KINDS[kind][1])
-        try:
-            with open(fd, "rb", buffering=1 << 16) as file:
-                at = self.check_head(name, kind, file.read(8 if self._two_magics else 4))
-                number = 0
-                while at < size:
-                    length = record_length(name, number, file.read(4), size - at)
-                    data = file.read(length)
-                    if len(data) < length:
-                        raise ImageError(name, number, "the file shrank while it was read")
-                    at += 4 + length
-                    message = decode(parse, data, name, number)
-                    if payload is not None:
-                        skip = payload(message)
-                        if skip > size - at:
-                            raise ImageError(
-                                name, number, f"{skip} bytes of data should follow, {size - at} do"
-                            )
-                        file.seek(skip, os.SEEK_CUR)
-                        at += skip
-                    yield message
-                    number += 1
-        except OSError as error:
-            raise ImageError(name, None, f"can not be read: {error.strerror}") from error
+        with self.window(name, kind, _WINDOW) as image:
+            if image is None:
+                return
+            size = image.size
+            at = self.check_head(name, kind, image.read(0, 8 if self._two_magics else 4))
+            number = 0
+            while at < size:
+                message, at = image.record(parse, number, at)
+                if payload is not None:
+                    skip = payload(message)
+                    if skip > size - at:
+                        raise ImageError(
+                            name, number, f"{skip} bytes of data should follow, {size - at} do"
+                        )
+                    at += skip
+                yield message
+                number += 1
 
     def one(self, name: str, kind: str, *, absent: str | None = None) -> Any:
         """The only record of a single-record image.
 
         `absent` is what to say if the file is not there at all.
         """
-        messages = list(self.records(name, kind))
+        messages = list(islice(self.records(name, kind), 2))  # no more of what is one too many
         if len(messages) == 1:
             return messages[0]
         if messages:
@@ -160,27 +152,57 @@ class ImageDirectory:
         raise ImageError(name, None, absent or "is missing")
 
 
-def record_length(name: str, number: int, word: bytes, left: int) -> int:
-    """Length in bytes of a record's payload, from its length `word` (`left` counts that too)."""
-    if len(word) < 4:
-        raise ImageError(name, number, "is cut inside the length of the record")
-    length: int = _WORD.unpack(word)[0]
-    if length > left - 4:
-        raise ImageError(
-            name, number, f"the record should have {length} bytes, the file has {left - 4} more"
-        )
-    if length > RECORD_LIMIT:
-        raise ImageError(
-            name, number, f"a record of {length} bytes is beyond the limit of {RECORD_LIMIT}"
-        )
-    return length
+class Window:
+    """Positioned reads of one image through a window on it, and the records at a position."""
+
+    __slots__ = ("_content", "_image", "_kind", "_size", "_start", "_tally", "name", "size")
+
+    def __init__(self, name: str, kind: str, image: OpenImage, size: int, tally: Tally) -> None:
+        self.name = name
+        self.size = image.size
+        self._kind = kind
+        self._image = image
+        self._size = size
+        self._tally = tally
+        self._start = 0
+        self._content = b""
+
+    def read(self, at: int, length: int) -> bytes:
+        """`length` bytes at `at`; fewer only at the end of the file."""
+        offset = at - self._start
+        if offset >= 0 and offset + length <= len(self._content):
+            return self._content[offset : offset + length]
+        if length > self._size:
+            return self._image.read(at, length)
+        self._content = self._image.read(at, self._size)
+        self._start = at
+        return self._content[:length]
+
+    def record(self, parse: Any, number: int, at: int, kind: str | None = None) -> tuple[Any, int]:
+        """The record at `at`, and where it ends."""
+        word = self.read(at, 4)
+        if len(word) < 4:
+            raise ImageError(self.name, number, "is cut inside the length of the record")
+        length: int = _WORD.unpack(word)[0]
+        at += 4
+        if length > self.size - at:
+            raise ImageError(
+                self.name,
+                number,
+                f"the record should have {length} bytes, the file has {self.size - at} more",
+            )
+        self._tally.record(self.name, number, kind or self._kind, length)
+        data = self.read(at, length)
+        if len(data) < length:
+            raise ImageError(self.name, number, "the file shrank while it was read")
+        return decode(parse, data, self.name, number), at + length
 
 
 @contextmanager
-def open_directory(path: str, fd: int | None) -> Iterator[ImageDirectory]:
+def open_directory(path: str, fd: int | None) -> Iterator[ImageSource]:
     """Open the image directory at `path`, or use `fd`, which stays open."""
     if fd is not None:
-        yield ImageDirectory(path, fd)
+        yield DirectorySource(fd)
         return
     try:
         own = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -189,9 +211,9 @@ def open_directory(path: str, fd: int | None) -> Iterator[ImageDirectory]:
             path, None, f"can not be opened as a directory ({error.strerror}): {_REMEDY}"
         ) from error
     try:
-        yield ImageDirectory(path, own)
+        yield DirectorySource(own)
     finally:
         os.close(own)
 
 
-__all__ = ["RECORD_LIMIT", "ImageDirectory", "open_directory", "record_length"]
+__all__ = ["ImageDirectory", "Window", "open_directory"]

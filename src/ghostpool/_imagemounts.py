@@ -9,13 +9,15 @@ mount may be stacked over "/", so the mount point alone does not tell.
 from __future__ import annotations
 
 import os
-import re
+from collections import deque
 from typing import Any, Final
 
 from ghostpool import _linux
 from ghostpool._errors import ImageError, UnsupportedError
 from ghostpool._imagefile import ImageDirectory
+from ghostpool._limits import TEXT_LIMIT, beyond
 from ghostpool._model import ImageMount, MntId, NsId
+from ghostpool._paths import is_image_path
 
 _PROPAGATION: Final = _linux.MS_UNBINDABLE | _linux.MS_PRIVATE | _linux.MS_SLAVE | _linux.MS_SHARED
 _MS_SYNCHRONOUS: Final = 16
@@ -44,16 +46,8 @@ _FSTYPES: Final = {
     23: "cgroup2",
 }
 
-_PATH: Final = re.compile(rb"(?:/(?!\.{1,2}(?:/|\Z))[^/\0]{1,255})+")
-_PATH_MAX: Final = 4096
 
-
-def is_image_path(path: bytes) -> bool:
-    """Absolute, normal and short enough for the kernel: what a path of an image has to be.
-
-    PATH_MAX counts the final NUL, NAME_MAX is 255: limits.h of the kernel.
-    """
-    return path == b"/" or (len(path) < _PATH_MAX and _PATH.fullmatch(path) is not None)
+_TEXTS: Final = ("root", "source", "options", "fsname", "ext_key")
 
 
 def read_mounts(source: ImageDirectory, namespace: NsId, *, task: int) -> tuple[ImageMount, ...]:
@@ -81,6 +75,13 @@ def _mount(name: str, number: int, namespace: NsId, entry: Any) -> ImageMount:
         )
     if not is_image_path(entry.mountpoint):
         raise ImageError(name, number, f"{entry.mountpoint!r} is no mount point")
+    for field in _TEXTS:
+        value = getattr(entry, field)
+        if len(value) > TEXT_LIMIT:
+            what = f"a mount whose {field} has {len(value):,} bytes"
+            raise beyond(name, number, what, f"{TEXT_LIMIT:,}", "no kernel shows so much of one")
+        if b"\0" in value:
+            raise ImageError(name, number, f"{field} {value[:80]!r} holds a NUL")
     external: str | None = None
     if entry.HasField("ext_key"):
         external = _text(entry.ext_key)
@@ -145,9 +146,9 @@ def _in_order(
         if mount is not root and mount.parent not in placed:
             waiting.setdefault(mount.parent, []).append(mount)
             continue
-        ready = [mount]
+        ready = deque([mount])
         while ready:
-            now = ready.pop(0)
+            now = ready.popleft()
             ordered.append(now)
             placed.add(now.id)
             ready.extend(waiting.pop(now.id, ()))
@@ -159,4 +160,4 @@ def _in_order(
     return tuple(ordered)
 
 
-__all__ = ["is_image_path", "read_mounts"]
+__all__ = ["read_mounts"]

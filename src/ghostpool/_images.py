@@ -16,12 +16,15 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final
 
 from ghostpool._errors import ImageError, UnsupportedError
 from ghostpool._filetable import FD_TYPE_FIFO, FD_TYPE_REG, FileTable, read_fifo_data, read_files
 from ghostpool._imagefile import ImageDirectory, open_directory
 from ghostpool._imagemounts import read_mounts
+from ghostpool._imagesource import ImageSource
+from ghostpool._limits import Limits
 from ghostpool._model import (
     HOST_NS,
     Descriptor,
@@ -48,16 +51,29 @@ _VMA_PLUGIN: Final = 1 << 27
 _STRAY_TASK: Final = re.compile(r"(?:core|ids)-([1-9][0-9]*)\.img")
 
 
-def read_images(directory: str | os.PathLike[str], *, directory_fd: int | None = None) -> Images:
-    """Read and check the image directory of one `criu dump`.
+def read_images(
+    directory: str | os.PathLike[str],
+    *,
+    directory_fd: int | None = None,
+    limits: Limits | None = None,
+) -> Images:
+    """Read and check the image directory of one `criu dump`, in this process.
 
     `directory` names it in messages; with `directory_fd` that open directory is read instead
     (it stays open). Ghost content is located, not read.
-    Raises ImageError for what is missing, malformed or contradictory, UnsupportedError for
-    images of CRIU versions or machines that ghostpool does not read; nothing else.
+    Raises ImageError for what is missing, malformed or contradictory, or beyond `limits`;
+    UnsupportedError for images of CRIU versions or machines that ghostpool does not read;
+    nothing else. The parser runs with all that the caller may do: this is for who trusts the
+    images, and the commands read them in a process that may do nothing (docs/reading-images.md).
     """
-    with open_directory(os.fspath(directory), directory_fd) as source:
-        return _read(source)
+    path = os.fspath(directory)
+    with open_directory(path, directory_fd) as source:
+        return read_source(path, source, limits)
+
+
+def read_source(path: str, source: ImageSource, limits: Limits | None = None) -> Images:
+    """The same for images that need not be in a directory; `path` names them in messages."""
+    return _read(ImageDirectory(path, source, limits or Limits()))
 
 
 def _read(source: ImageDirectory) -> Images:
@@ -131,6 +147,7 @@ def _living_tasks(source: ImageDirectory) -> list[_Living]:
                 name, number, f"task {pid} has parent {parent}, which no record before it lists"
             )
         parents[pid] = parent
+        source.tally.count(name, number, "threads", len(entry.threads))
         threads.update(entry.threads)
     if not parents:
         state = "holds no task" if name in source.names else "is missing"
@@ -143,6 +160,7 @@ def _living_tasks(source: ImageDirectory) -> list[_Living]:
                 None,
                 f"{image} is there, but no record lists pid {stray[1]}: is {name} cut?",
             )
+    source.expect([f"{kind}-{pid}.img" for pid in parents for kind in ("core", "ids")])
     living = [
         _Living(pid, parent, ids)
         for pid, parent in parents.items()
@@ -215,6 +233,7 @@ def _tasks(
     absent: list[str] = []
     tables: dict[int, tuple[Descriptor, ...]] = {}
     tasks = []
+    source.expect([f"{kind}-{task.pid}.img" for task in living for kind in ("fs", "mm")])
     for task in living:
         files_id = task.ids.files_id
         if files_id not in tables:
@@ -274,16 +293,15 @@ def _holders(source: ImageDirectory, pid: Pid, files: FileTable) -> Iterable[Hol
     # A dump writes both for every living task; without one, a ghost that is mapped or a working
     # directory besides being open would lose that silently.
     entry = source.one(fs, "fs")
-    found = [(fs, "cwd", entry.cwd_id), (fs, "root", entry.root_id)]
+    directories = ((fs, "cwd", entry.cwd_id), (fs, "root", entry.root_id))
     entry = source.one(mm, "mm")
-    found.append((mm, "exe", entry.exe_file_id))
     # For any other status shmid is not an id of a file.
-    found += [
+    mapped = (
         (mm, f"map:{vma.start:x}-{vma.end:x}", vma.shmid)
         for vma in entry.vmas
         if vma.status & _VMA_FILE and not vma.status & (_VMA_MEMFD | _VMA_PLUGIN)
-    ]
-    for name, key, reg in found:
+    )
+    for name, key, reg in chain(directories, ((mm, "exe", entry.exe_file_id),), mapped):
         if reg not in files.regs:
             raise ImageError(
                 name, 0, f"{key} refers to file id {reg}, which files.img does not hold"
@@ -302,4 +320,4 @@ def _check_mount_ids(files: FileTable, mounts: dict[NsId, tuple[ImageMount, ...]
             )
 
 
-__all__ = ["read_images"]
+__all__ = ["read_images", "read_source"]

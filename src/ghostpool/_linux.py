@@ -256,9 +256,9 @@ def unshare(flags: int) -> None:
         raise _fail("unshare")
 
 
-def prctl(option: int, value: int = 0) -> int:
-    """prctl(2) with one numeric argument; what it returns."""
-    args = [ctypes.c_ulong(value)] + [ctypes.c_ulong(0)] * 3
+def prctl(option: int, value: int = 0, further: int = 0) -> int:
+    """prctl(2) with one or two numeric arguments; what it returns."""
+    args = [ctypes.c_ulong(value), ctypes.c_ulong(further)] + [ctypes.c_ulong(0)] * 2
     got: int = _libc.prctl(option, *args)
     if got < 0:
         raise _fail("prctl")

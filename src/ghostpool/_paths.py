@@ -1,9 +1,28 @@
-"""Relative paths as bytes, and paths as text for people; pure.
+"""Paths of images, relative paths as bytes, and paths as text for people; pure.
 
 Paths inside a mount or a file system have no leading "/"; b"" is the directory itself.
 """
 
 from __future__ import annotations
+
+import re
+from typing import Final
+
+_PATH: Final = re.compile(rb"(?:/(?!\.{1,2}(?:/|\Z))[^/\0]{1,255})+")
+_PATH_MAX: Final = 4096
+
+
+def is_image_path(path: bytes) -> bool:
+    """Absolute, normal and short enough for the kernel: what a path of an image has to be.
+
+    PATH_MAX counts the final NUL, NAME_MAX is 255: limits.h of the kernel.
+    """
+    return path == b"/" or (len(path) < _PATH_MAX and _PATH.fullmatch(path) is not None)
+
+
+def ghost_file_name(ghost: int) -> str:
+    """Ghost ids are hexadecimal in file names, without padding."""
+    return f"ghost-file-{ghost:x}.img"
 
 
 def join(above: bytes, below: bytes) -> bytes:

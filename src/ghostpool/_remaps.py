@@ -15,9 +15,10 @@ from typing import Final, Literal
 
 from ghostpool._errors import ImageError, UnsupportedError
 from ghostpool._filetable import FileTable
-from ghostpool._ghostfile import ghost_file_name, read_ghost
+from ghostpool._ghostfile import read_ghost
 from ghostpool._imagefile import ImageDirectory
 from ghostpool._model import Ghost, GhostId, ImageMount, NsId, RegId, Remap
+from ghostpool._paths import ghost_file_name
 
 _KINDS: Final[dict[int, Literal["linked", "ghost", "procfs"]]] = {
     0: "linked",
@@ -87,6 +88,8 @@ def read_ghosts(
 ) -> dict[GhostId, Ghost]:
     """The ghosts that the remaps lead to, held against what files.img says of them."""
     ghosts: dict[GhostId, Ghost] = {}
+    ids = dict.fromkeys(remap.target for remap in remaps if remap.kind == "ghost")
+    source.expect([ghost_file_name(ghost) for ghost in ids])
     for remap in remaps:
         if remap.kind != "ghost":
             continue

@@ -21,8 +21,8 @@ import anyio
 from ghostpool import _buildspec, _journal, _linux, _needs
 from ghostpool._errors import PlanError, SandboxError
 from ghostpool._guard import Guard
-from ghostpool._images import read_images
 from ghostpool._launch import Launched
+from ghostpool._limits import Limits
 from ghostpool._memory import MemoryBound
 from ghostpool._model import Images, MountHandle, NsId
 from ghostpool._needs import Consumers
@@ -30,11 +30,13 @@ from ghostpool._plan import Planner
 from ghostpool._planned import Plan, Policy
 from ghostpool._pool import WorkerPool
 from ghostpool._process import BuildFailed, ForkServer
+from ghostpool._reading import read_apart
 from ghostpool._report import Report
 from ghostpool._restore import Progress, Restoration, Restored, _silent
 from ghostpool._rundir import open_run_directory
 from ghostpool._sandbox import specs_from_images
 from ghostpool._stall import STALL_S
+from ghostpool._startreader import Reading, start_reading
 from ghostpool._survey import Survey
 from ghostpool._targets import Target, adopt, pin, resolve_namespaces
 
@@ -54,6 +56,10 @@ class Request:
     namespaces: Mapping[NsId, str] = field(default_factory=dict)
     external: Mapping[str, str] = field(default_factory=dict)
     policy: Policy = field(default_factory=Policy)
+    max_size: int = Limits().size
+    """Largest apparent size of a ghost, in bytes."""
+    reading: Reading | PlanError | None = None
+    """Who reads the images already, if somebody does; or why nobody can."""
     mount_setattr: bool = True
     """False: do as on Linux before 5.12, with mount(2)."""
     run_dir: str | None = None
@@ -145,11 +151,13 @@ async def prepared(
     targets: list[Target] = []
     try:
         async with ForkServer.running(launched, request.stall_s) as server:
-            if before is not None:
-                await before(server)
-            images_fd = _open_directory(request.images_dir)
+            reading = request.reading or start_reading(request.images_dir, request.max_size)
+            if isinstance(reading, PlanError):
+                raise reading
             try:
-                images = read_images(request.images_dir, directory_fd=images_fd)
+                images = await read_apart(reading)
+                if before is not None:
+                    await before(server)
                 by_id, targets = await _targets(request, images, server, hard)
                 memory = _memory_bound(request, server)
                 async with WorkerPool.running(
@@ -160,7 +168,7 @@ async def prepared(
                     devices=request.policy.allow_devices,
                     memory=memory,
                 ) as pool:
-                    pool.images = images_fd
+                    pool.images = reading.directory
                     try:
                         survey = Survey(pool, images, request.policy, admit)
                         plan = await survey.plan(by_id, secrets.token_hex(6).encode())
@@ -189,7 +197,7 @@ async def prepared(
                         if memory is not None:
                             report.memory = (memory.limit, memory.peak)
             finally:
-                os.close(images_fd)
+                os.close(reading.directory)
     finally:
         _linux.close_all(target.fd for target in targets)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard))
@@ -218,15 +226,6 @@ def _log_plan(plan: Plan) -> None:
             planned.label,
             ",".join(planned.mount.options()),
         )
-
-
-def _open_directory(path: str) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise PlanError(
-            f"{path}: {error.strerror}: name the directory that was given to criu dump -D"
-        ) from error
 
 
 async def _targets(

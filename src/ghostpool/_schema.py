@@ -15,6 +15,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from ghostpool._errors import ImageError
+from ghostpool._limits import Limits, beyond
 
 # "<number> <r required, o optional, * repeated> <type> <name>", comma-separated. Sub-messages
 # that nothing reads stay undeclared, even where CRIU itself requires them (reg: fown).
@@ -57,6 +58,12 @@ _MESSAGES: Final = {
 }
 
 _PACKAGE: Final = "ghostpool.criu"
+_REQUIRED: Final = {
+    name: frozenset(field.split()[3] for field in fields.split(",") if field.split()[1] == "r")
+    for name, fields in _MESSAGES.items()
+}
+_REPEATED: Final = frozenset(("vmas",))
+"""Repeated fields that hold messages."""
 
 
 def _file() -> descriptor_pb2.FileDescriptorProto:
@@ -105,11 +112,20 @@ _CLASSES: Final[dict[str, Any]] = {
 }
 
 
+_MM: Final = _CLASSES["mm_entry"]
+_MAPPINGS: Final = Limits().mappings
+
+
 def decode(kind: Any, data: bytes, file: str, record: int) -> Any:
     """Parse one record; ImageError for malformed bytes and for a missing required field.
 
     `kind` is a class of `message_class`; `file` and `record` only name the place in an error.
     """
+    if kind is _MM and (most := data.count(b"\x72") + data.count(b"\xf2")) > _MAPPINGS:
+        # Each mapping has a byte of its own with this tag, 14 and length-delimited (or with its
+        # continuation bit, in a longer spelling): a bound, before two bytes become fifty.
+        what = f"up to {most:,} mappings"
+        raise beyond(file, record, what, f"{_MAPPINGS:,}", "dump a task with fewer of them")
     try:
         message = kind.FromString(data)
     except DecodeError:
@@ -119,9 +135,23 @@ def decode(kind: Any, data: bytes, file: str, record: int) -> Any:
     # The runtime (upb) parses a message without its required fields without a murmur; CRIU
     # refuses it, and every reader after us would see zeros.
     if not message.IsInitialized():
-        missing = ", ".join(message.FindInitializationErrors())
-        raise ImageError(file, record, f"{kind.DESCRIPTOR.name} lacks {missing}")
+        raise ImageError(file, record, f"{kind.DESCRIPTOR.name} lacks {_missing(message)}")
     return message
+
+
+def _missing(message: Any) -> str:
+    """The first required field that is not there; the runtime would list them all."""
+    for field in message.DESCRIPTOR.fields:
+        if field.name in _REQUIRED[message.DESCRIPTOR.name]:
+            if not message.HasField(field.name):
+                return str(field.name)
+        elif field.message_type is not None:
+            repeated = field.name in _REPEATED
+            value = getattr(message, field.name)
+            for inner in value if repeated else [value] * message.HasField(field.name):
+                if not inner.IsInitialized():
+                    return f"{field.name}.{_missing(inner)}"
+    raise AssertionError(message.DESCRIPTOR.name)
 
 
 __all__ = ["decode", "message_class"]

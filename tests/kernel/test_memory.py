@@ -69,7 +69,7 @@ def test_fewer_workers_and_the_same_result(target: Live, images: Path, tmp_path:
     assert target.snapshot().without_directory_times() == before
 
 
-@pytest.mark.parametrize("size", ["", "0", "x", "5T", "-1", "1.5G", "K", "٣"])
+@pytest.mark.parametrize("size", ["", "0", "x", "5X", "-1", "1.5G", "K", "٣"])
 def test_sizes_that_are_none(size: str) -> None:
     done = run("restore", "--memory-limit", size)
     assert done.status == 2

@@ -25,26 +25,27 @@ LAYERS = [
     "_admission _holders _lease_table _room _slots",
     "_needs _planned",
     "_match _sandbox",
-    "_images _namespaces _process _rundir _targets",
-    "_remaps _userns",
+    "_namespaces _process _reader _reading _rundir _targets",
+    "_imagerows _images _startreader _userns",
+    "_remaps",
     "_filetable _ghostfile",
     "_imagemounts",
     "_imagefile _launch _stall",
-    "_schema",
-    "_model _paths",
+    "_imagesource _schema",
+    "_limits _model _paths",
     "_forkserver",
     "_build _command _guardian",
     "_worker",
     "_buildfiles _creating _descriptors _mountwork _opening _removing",
     "_directories _failed",
-    "_journal _protocol",
+    "_confine _journal _protocol",
     "_buildspec _capabilities _identity _mountinfo",
     "_errors _linux",
 ]
 CHILD_SIDE = """
     _forkserver _guardian _build _command _descriptors _worker
     _buildfiles _creating _mountwork _opening _removing
-    _directories _failed _journal _protocol _buildspec _identity _mountinfo
+    _directories _failed _journal _protocol _confine _buildspec _identity _mountinfo
     _capabilities
 """
 

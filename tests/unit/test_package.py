@@ -38,13 +38,26 @@ def test_importing_the_package_imports_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["_errors", "_linux", "_model", "_protocol", "_worker", "_forkserver"]
+    "module",
+    ["_errors", "_linux", "_model", "_protocol", "_worker", "_forkserver", "_startreader"],
 )
 def test_the_worker_side_needs_only_the_standard_library(module: str) -> None:
     """What a worker imports loads where there are no site-packages, and without an event loop."""
     loaded = run_isolated(f"import ghostpool.{module}; print(*sys.modules)").split()
     assert f"ghostpool.{module}" in loaded
     assert [name for name in HEAVY[:-1] if name in loaded] == []
+
+
+def test_the_coordinator_does_not_load_the_parser() -> None:
+    """Images are parsed elsewhere: neither protobuf nor the readers are in this process."""
+    code = "import ghostpool._cli, ghostpool._run, ghostpool._deliver, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    loaded = done.stdout.split()
+    assert "ghostpool._reading" in loaded
+    for absent in ("google.protobuf", "ghostpool._schema", "ghostpool._images"):
+        assert absent not in loaded
 
 
 def test_a_child_can_load_nothing_any_more() -> None:

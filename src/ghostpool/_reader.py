@@ -1,0 +1,166 @@
+"""The reader: a process that may do nothing but read images, and tell what is in them.
+
+It is started first of all, as the fork server is, and has the parser loaded when the first request
+comes: a directory, by descriptor, and how large a ghost may be. It gives up everything else (see
+_confine), reads, and answers in frames of JSON. Whoever takes the parser over by a malformed image
+has a process that can say untrue things to a coordinator that believes none of them.
+
+It may not be able to open an image that belongs to somebody else, since what lets root do that is
+a capability; then it asks, and gets the descriptor of that one image.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import gc
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
+
+from ghostpool import _confine
+from ghostpool._errors import ImageError, UnsupportedError
+from ghostpool._imagerows import ASK, LENGTH, MAX_FRAME, Rows, rows_of
+from ghostpool._images import read_source
+from ghostpool._imagesource import DirectorySource, OpenFile, OpenImage
+from ghostpool._limits import Limits
+from ghostpool._protocol import take_rights
+
+STILL_S: Final = 1.0
+"""How often the reader says that it goes on."""
+
+_SPACE: Final = _socket.CMSG_SPACE(253 * 4)
+
+
+class Said:
+    """The reader's end of its socket."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = _socket.socket(fileno=fd)
+        self._last = time.monotonic()
+
+    def say(self, kind: str, value: Any) -> None:
+        """Send a frame, or several if the rows do not fit into one."""
+        body = json.dumps([kind, value]).encode()
+        if len(body) > MAX_FRAME and len(value) > 1:
+            half = len(value) // 2
+            self.say(kind, value[:half])
+            self.say(kind, value[half:])
+            return
+        self._socket.sendall(LENGTH.pack(len(body)) + body, _socket.MSG_NOSIGNAL)
+        self._last = time.monotonic()
+
+    def go_on(self) -> None:
+        """Say that this is slow, not stuck."""
+        if time.monotonic() - self._last > STILL_S:
+            self.say("still", [])
+
+    def hear(self) -> tuple[Any, list[int]]:
+        """One frame of the coordinator, and the descriptors with it. EOFError: it is gone."""
+        header, ancillary, flags, _ = self._socket.recvmsg(
+            LENGTH.size, _SPACE, _socket.MSG_CMSG_CLOEXEC | _socket.MSG_WAITALL
+        )
+        fds = take_rights(ancillary, flags)
+        if len(header) < LENGTH.size:
+            raise EOFError
+        (left,) = LENGTH.unpack(header)
+        body = b""
+        while len(body) < left:
+            piece = self._socket.recv(left - len(body))
+            if not piece:
+                raise EOFError
+            body += piece
+        return json.loads(body), fds
+
+
+class AskingSource(DirectorySource):
+    """A directory whose images the coordinator opens where this process may not."""
+
+    def __init__(self, fd: int, said: Said) -> None:
+        super().__init__(fd)
+        self._said = said
+        self._expected: list[str] = []
+        self._next: dict[str, int] = {}
+        self._got: dict[str, int] = {}
+        """Name to descriptor, or to minus the errno."""
+
+    def expect(self, names: list[str]) -> None:
+        self._expected = names
+        self._next = {}
+
+    def open(self, name: str) -> OpenImage | None:
+        self._said.go_on()
+        if name not in self._got:
+            return super().open(name)
+        return self._take(name)
+
+    def failed(self, name: str, code: int) -> OpenImage | None:
+        if code not in (errno.EACCES, errno.EPERM) or name in self._got:
+            return super().failed(name, code)
+        self._ask(name)
+        return self._take(name)
+
+    def _take(self, name: str) -> OpenImage | None:
+        fd = self._got.pop(name)
+        return OpenFile(name, fd) if fd >= 0 else super().failed(name, -fd)
+
+    def _ask(self, name: str) -> None:
+        """Ask for `name` and for what will be opened after it."""
+        if not self._next:
+            self._next = {expected: at for at, expected in enumerate(self._expected)}
+        at = self._next.get(name)
+        names = [name] if at is None else self._expected[at : at + ASK]
+        names = [name for name in names if name not in self._got]
+        self._said.say("open", names)
+        codes, fds = self._said.hear()
+        arrived = iter(fds)
+        for asked, code in zip(names, codes, strict=True):
+            self._got[asked] = -code if code else next(arrived)
+
+
+def read(said: Said) -> None:
+    """Serve one request."""
+    (path, size), fds = said.hear()
+    confined = _confine.confine(fds[0])
+    said.say("confined", list(confined))
+    source = AskingSource(fds[0], said)
+    for kind, rows in rows_of(read_source(path, source, Limits(size=size))):
+        said.say(kind, rows)
+
+
+def answer(said: Said, work: Callable[[Said], None]) -> None:
+    """Do the work, and say so if it fails: errors travel as fields."""
+    problem: Rows
+    try:
+        work(said)
+        return
+    except ImageError as error:
+        problem = ["image", error.file, error.record, error.problem]
+    except UnsupportedError as error:
+        problem = ["unsupported", str(error)]
+    except MemoryError:
+        problem = ["memory"]
+    except (EOFError, ConnectionError):
+        return  # nobody listens any more
+    except Exception as error:  # noqa: BLE001  a mistake of ours, told as what it is
+        problem = ["broken", repr(error)]
+    try:
+        said.say("error", problem)
+    except OSError:
+        pass
+
+
+def main(fd: int) -> NoReturn:
+    """Serve the socket `fd`, and end."""
+    os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
+    # It ends with its socket, not by a Ctrl-C that goes to the whole group.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    gc.disable()  # nothing here has cycles, and it ends soon
+    answer(Said(fd), read)
+    os._exit(0)
+
+
+__all__ = ["main"]

@@ -1,0 +1,81 @@
+"""Starting the reader of images, and telling it what to read, before anything heavy is imported.
+
+As with the fork server (see _launch) the boot, and here the reading too, takes place on another
+CPU while the coordinator imports the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import NamedTuple
+
+from ghostpool._errors import PlanError
+from ghostpool._launch import BLOCKED_AT_START
+
+_BOOT = "import sys; sys.path += {paths!r}; from ghostpool import _reader as r; r.main(3)"
+
+
+class Reading(NamedTuple):
+    """A reader that is at work, or boots."""
+
+    pid: int
+    socket: int
+    """The coordinator's end of its socket."""
+    directory: int
+    """The images; the reader has it too."""
+    path: str
+    """As the user named it."""
+    size: int
+    """Largest apparent size of a ghost."""
+
+
+def start_reading(path: str, size: int) -> Reading:
+    """Have the images in the directory `path` read. PlanError: there is no such directory.
+
+    A fresh interpreter in isolated mode, with an empty environment, and with no descriptor besides
+    its socket, the directory and /dev/null. It finds the modules where this process does.
+    OSError if the interpreter can not be executed.
+    """
+    import _socket
+
+    try:
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise PlanError(
+            f"{path}: {error.strerror}: name the directory that was given to criu dump -D"
+        ) from error
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        request = json.dumps([path, size]).encode()
+        ours.sendmsg(
+            [len(request).to_bytes(4, "little"), request],
+            [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, directory.to_bytes(4, sys.byteorder))],
+        )
+        pid = _spawn(theirs.fileno())
+    except BaseException:
+        os.close(directory)
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return Reading(pid, ours.detach(), directory, path, size)
+
+
+def _spawn(socket: int) -> int:
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    paths = [package, *filter(os.path.isabs, sys.path)]
+    actions = [
+        (os.POSIX_SPAWN_DUP2, socket, 3),
+        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
+        (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_RDWR, 0),
+        (os.POSIX_SPAWN_OPEN, 2, "/dev/null", os.O_RDWR, 0),
+    ]
+    argv = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _BOOT.format(paths=paths)]
+    return os.posix_spawn(
+        sys.executable, argv, {}, file_actions=actions, setsigmask=BLOCKED_AT_START
+    )
+
+
+__all__ = ["Reading", "start_reading"]
