@@ -34,11 +34,10 @@ def read_ghost(source: ImageDirectory, ghost: GhostId, *, referrer: int) -> Ghos
     ImageError: missing, malformed, or its content contradicts its entry.
     """
     name = ghost_file_name(ghost)
-    with source.window(name, "ghost-file", _WINDOW) as image:
-        if image is None:
-            raise ImageError(
-                name, None, f"is missing, but remap-fpath.img, record {referrer} needs it"
-            )
+    window = source.window(name, "ghost-file", _WINDOW)
+    if window is None:
+        raise ImageError(name, None, f"is missing, but remap-fpath.img, record {referrer} needs it")
+    with window as image:
         entry, at = _entry(source, image)
         return _ghost(image, ghost, entry, at, source.tally)
 

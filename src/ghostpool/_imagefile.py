@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from ghostpool._errors import ImageError, UnsupportedError
 from ghostpool._imagesource import DirectorySource, ImageSource, OpenImage
@@ -55,7 +55,7 @@ class ImageDirectory:
         self.tally = Tally(limits)
         self._source = source
         try:
-            self.names = frozenset(self._counted_names())
+            self.names = frozenset(self._listed())
         except OSError as error:
             raise ImageError(path, None, f"can not be listed: {error.strerror}") from error
         if "inventory.img" not in self.names:
@@ -70,10 +70,13 @@ class ImageDirectory:
             )
         self._two_magics = version == 2
 
-    def _counted_names(self) -> Iterator[str]:
-        for name in self._source.names():
-            self.tally.count(self.path, None, "names")
+    def _listed(self) -> Iterator[str]:
+        number = 0
+        for number, name in enumerate(self._source.names(), 1):
+            if number > self.tally.limits.names:
+                break
             yield name
+        self.tally.count(self.path, None, "names", number)
 
     def expect(self, names: list[str]) -> None:
         """Hint: these images will be read, in this order."""
@@ -83,19 +86,10 @@ class ImageDirectory:
         """The bytes that an image of `kind` begins with in this directory."""
         return _HEADS[self._two_magics][kind]
 
-    @contextmanager
-    def window(self, name: str, kind: str, size: int) -> Iterator[Window | None]:
+    def window(self, name: str, kind: str, size: int) -> Window | None:
         """The image `name` through a window of `size` bytes; None if there is none."""
         opened = self._source.open(name)
-        if opened is None:
-            yield None
-            return
-        try:
-            yield Window(name, kind, opened, size, self.tally)
-        except OSError as error:
-            raise ImageError(name, None, f"can not be read: {error.strerror}") from error
-        finally:
-            opened.close()
+        return None if opened is None else Window(name, kind, opened, size, self.tally)
 
     def check_head(self, name: str, kind: str, data: bytes) -> int:
         """Check that `data` begins as an image of `kind` does; returns the length of the head."""
@@ -119,9 +113,10 @@ class ImageDirectory:
         skipped. Absent and without a record mean the same to CRIU.
         """
         parse = message_class(_KINDS[kind][1])
-        with self.window(name, kind, _WINDOW) as image:
-            if image is None:
-                return
+        window = self.window(name, kind, _WINDOW)
+        if window is None:
+            return
+        with window as image:
             size = image.size
             at = self.check_head(name, kind, image.read(0, 8 if self._two_magics else 4))
             number = 0
@@ -153,7 +148,10 @@ class ImageDirectory:
 
 
 class Window:
-    """Positioned reads of one image through a window on it, and the records at a position."""
+    """Positioned reads of one image through a window on it, and the records at a position.
+
+    A context manager that closes the image, and makes an ImageError of what it could not read.
+    """
 
     __slots__ = ("_content", "_image", "_kind", "_size", "_start", "_tally", "name", "size")
 
@@ -166,6 +164,14 @@ class Window:
         self._tally = tally
         self._start = 0
         self._content = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._image.close()
+        if isinstance(error, OSError):
+            raise ImageError(self.name, None, f"can not be read: {error.strerror}") from error
 
     def read(self, at: int, length: int) -> bytes:
         """`length` bytes at `at`; fewer only at the end of the file."""
@@ -180,10 +186,12 @@ class Window:
 
     def record(self, parse: Any, number: int, at: int, kind: str | None = None) -> tuple[Any, int]:
         """The record at `at`, and where it ends."""
-        word = self.read(at, 4)
-        if len(word) < 4:
-            raise ImageError(self.name, number, "is cut inside the length of the record")
-        length: int = _WORD.unpack(word)[0]
+        offset = at - self._start
+        if not 0 <= offset <= len(self._content) - 4:
+            if len(self.read(at, 4)) < 4:
+                raise ImageError(self.name, number, "is cut inside the length of the record")
+            offset = 0  # the window begins here now
+        length: int = _WORD.unpack_from(self._content, offset)[0]
         at += 4
         if length > self.size - at:
             raise ImageError(
@@ -192,9 +200,11 @@ class Window:
                 f"the record should have {length} bytes, the file has {self.size - at} more",
             )
         self._tally.record(self.name, number, kind or self._kind, length)
-        data = self.read(at, length)
+        data = self._content[offset + 4 : offset + 4 + length]
         if len(data) < length:
-            raise ImageError(self.name, number, "the file shrank while it was read")
+            data = self.read(at, length)
+            if len(data) < length:
+                raise ImageError(self.name, number, "the file shrank while it was read")
         return decode(parse, data, self.name, number), at + length
 
 

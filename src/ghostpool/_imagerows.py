@@ -407,6 +407,8 @@ class Rebuild:
     def _extents(self, file: str, covered: int, size: int, flat: Any) -> list[Extent]:
         if type(flat) is not list or len(flat) % 3 or len(flat) > 3 * BATCH:
             raise Nonsense(f"{file}: extents of another shape")
+        if not flat:
+            return []
         self._tally.count(file, None, "chunks", len(flat) // 3)
         extents = []
         for at in range(0, len(flat), 3):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, NoReturn
 
 from ghostpool._errors import ImageError
 
@@ -109,30 +109,32 @@ class Tally:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._counts = dict.fromkeys(_COUNTED, 0)
+        self._most = {kind: getattr(limits, counted.limit) for kind, counted in _COUNTED.items()}
         self._memory = 0
         self._size = 0
         self._content = 0
 
     def count(self, file: str, record: int | None, kind: str, number: int = 1) -> None:
         """Enter `number` more of a kind."""
-        what, limit, cost = _COUNTED[kind]
         total = self._counts[kind] + number
-        most = getattr(self.limits, limit)
-        if total > most:
-            raise beyond(file, record, f"{total:,} {what}", f"{most:,}", _DUMP_LESS)
+        if total > self._most[kind]:
+            what = f"{total:,} {_COUNTED[kind].what}"
+            raise beyond(file, record, what, f"{self._most[kind]:,}", _DUMP_LESS)
         self._counts[kind] = total
-        self._charge(file, record, cost * number)
+        self._memory += _COUNTED[kind].cost * number
+        if self._memory > self.limits.memory:
+            self._too_much(file, record, self._memory)
 
     def record(self, file: str, record: int, kind: str, length: int) -> None:
         """Enter a record of `length` bytes, before it is read."""
-        most = record_limit(kind)
-        if length > most:
-            raise beyond(file, record, f"a record of {length:,} bytes", f"{most:,}", _DUMP_LESS)
-        if length * _TRANSIENT + self._memory > self.limits.memory:
-            self._charge(file, record, length * _TRANSIENT)
+        if length > RECORD_LIMIT and length > record_limit(kind):
+            what = f"a record of {length:,} bytes"
+            raise beyond(file, record, what, f"{record_limit(kind):,}", _DUMP_LESS)
         if kind in _COUNTED:
             self.count(file, record, kind)
-            self._charge(file, record, length)
+            self._memory += length
+        if self._memory + _TRANSIENT * length > self.limits.memory:
+            self._too_much(file, record, self._memory + _TRANSIENT * length)
 
     def size(self, file: str, size: int) -> None:
         """Enter the apparent size of a ghost."""
@@ -152,11 +154,9 @@ class Tally:
             together = f"{self._content:,} bytes of content together"
             raise beyond(file, record, together, size_text(most), _raise(self._content // 4 + 1))
 
-    def _charge(self, file: str, record: int | None, memory: int) -> None:
-        self._memory += memory
-        if self._memory > self.limits.memory:
-            needed, most = f"{self._memory:,} bytes of memory", size_text(self.limits.memory)
-            raise beyond(file, record, needed, most, _DUMP_LESS)
+    def _too_much(self, file: str, record: int | None, memory: int) -> NoReturn:
+        needed, most = f"{memory:,} bytes of memory", size_text(self.limits.memory)
+        raise beyond(file, record, needed, most, _DUMP_LESS)
 
 
 def beyond(file: str, record: int | None, what: str, limit: str, remedy: str) -> ImageError:
