@@ -80,7 +80,7 @@ async def _start(run: Prepared, restored: Restored, planned: PlannedTask, argv: 
         )
     except CommandFailed as error:
         what = f"{argv[0]}: {os.strerror(error.errno)}"
-        if error.step != "exec":
+        if error.step != "execve":
             what = f"{error.step}: {os.strerror(error.errno)}"
         raise CommandError(
             f"the command can not be started for task {pid} in {target.label}: {what}"

@@ -18,6 +18,7 @@ import sys
 from typing import Any
 
 from ghostpool import _build, _buildspec, _descriptors, _guardian, _linux, _worker
+from ghostpool._failed import Work
 from ghostpool._protocol import BlockingChannel, EndOfStream
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -25,7 +26,7 @@ _DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"
 _COMMAND_SIGNALS = (*_IGNORED, signal.SIGPIPE, signal.SIGXFSZ)
 
 
-class ForkServer:
+class ForkServer(Work):
     """Forks on request and tells of the ends of its children."""
 
     def __init__(self, channel: BlockingChannel) -> None:
@@ -61,6 +62,7 @@ class ForkServer:
             return
         fds, self._waiting = self._waiting + fds, []
         try:
+            self._step = "fork"
             pid = os.fork()
         except OSError as error:
             # EAGAIN or ENOMEM: the workers that are there go on, and are needed to undo things.
@@ -71,6 +73,7 @@ class ForkServer:
             self._become(kind, arguments, fds)
         _linux.close_all(fds)
         try:
+            self._step = "pidfd_open"
             pidfd = os.pidfd_open(pid)
         except OSError as error:
             os.kill(pid, signal.SIGKILL)
@@ -97,11 +100,60 @@ class ForkServer:
                 _build_namespaces(BlockingChannel(fds[0]), arguments[0])
                 status = 0
             elif kind == "spawn":
-                _run_command(fds, *arguments)
+                self._run_command(fds, *arguments)
         except BaseException as error:  # noqa: BLE001  a child must not get back into the loop
             os.write(2, f"ghostpool: {kind}: {error!r}\n".encode(errors="replace"))
         finally:
             os._exit(status)
+
+    def _run_command(
+        self,
+        fds: list[int],
+        argv: list[bytes],
+        environment: dict[bytes, bytes],
+        numbers: list[int],
+        soft_limit: int,
+    ) -> None:
+        """Become the user's command: namespace, descriptors, signals, exec.
+
+        `fds`: status socket, mount namespace, stdin, stdout, stderr, then one for each of
+        `numbers`. The status socket is close-on-exec, as is every other descriptor that has no
+        place in the command: its end without a word means that exec succeeded.
+        """
+        # Both objects live until the exec: the end of the first one would close its number, which
+        # may be that of a descriptor of the command by then.
+        status = first = BlockingChannel(fds[0])
+        try:
+            self._step = "setns"
+            _linux.setns(fds[1], _linux.CLONE_NEWNS)
+            self._step = "dup2"
+            targets = dict(enumerate(fds[2:5]))
+            targets.update(zip(numbers, fds[5:], strict=True))
+            status = BlockingChannel(_descriptors.place(targets, first.fileno(), soft_limit))
+            for number in _COMMAND_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            self._step = "execve"
+            self._execute(argv, environment)
+        except OSError as error:
+            status.send((self._step, error.errno))
+
+    @staticmethod
+    def _execute(argv: list[bytes], environment: dict[bytes, bytes]) -> None:
+        """execve(2) of the first match in PATH. OSError if there is none.
+
+        Not os.execvpe, which imports a module on the way (see `seal_imports`).
+        """
+        if b"/" in argv[0]:
+            os.execve(argv[0], argv, environment)
+        failure = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        for directory in environment.get(b"PATH", _DEFAULT_PATH).split(b":"):
+            try:
+                os.execve((directory or b".") + b"/" + argv[0], argv, environment)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                failure = error
+        raise failure
 
 
 def _build_namespaces(channel: BlockingChannel, specs: Any) -> None:
@@ -116,55 +168,6 @@ def _build_namespaces(channel: BlockingChannel, specs: Any) -> None:
         channel.send(None, namespaces[:batch])
         namespaces = namespaces[batch:]
     channel.send((True, ()), namespaces)
-
-
-def _run_command(
-    fds: list[int],
-    argv: list[bytes],
-    environment: dict[bytes, bytes],
-    numbers: list[int],
-    soft_limit: int,
-) -> None:
-    """Become the user's command: namespace, descriptors, signals, exec.
-
-    `fds`: status socket, mount namespace, stdin, stdout, stderr, then one for each of `numbers`.
-    The status socket is close-on-exec, as is every other descriptor that has no place in the
-    command: its end without a word means that exec succeeded.
-    """
-    # Both objects live until the exec: the end of the first one would close its number, which may
-    # be that of a descriptor of the command by then.
-    status = first = BlockingChannel(fds[0])
-    step = "setns"
-    try:
-        _linux.setns(fds[1], _linux.CLONE_NEWNS)
-        step = "dup2"
-        targets = dict(enumerate(fds[2:5]))
-        targets.update(zip(numbers, fds[5:], strict=True))
-        status = BlockingChannel(_descriptors.place(targets, first.fileno(), soft_limit))
-        step = "exec"
-        for number in _COMMAND_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        _execute(argv, environment)
-    except OSError as error:
-        status.send((step, error.errno))
-
-
-def _execute(argv: list[bytes], environment: dict[bytes, bytes]) -> None:
-    """execve(2) of the first match in PATH. OSError if there is none.
-
-    Not os.execvpe, which imports a module on the way (see `seal_imports`).
-    """
-    if b"/" in argv[0]:
-        os.execve(argv[0], argv, environment)
-    failure = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-    for directory in environment.get(b"PATH", _DEFAULT_PATH).split(b":"):
-        try:
-            os.execve((directory or b".") + b"/" + argv[0], argv, environment)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            failure = error
-    raise failure
 
 
 def seal_imports() -> None:

@@ -9,28 +9,26 @@ from typing import Any
 
 from ghostpool import _linux
 from ghostpool._directories import Directories
-from ghostpool._failed import Failed, Mismatch
+from ghostpool._failed import Failed, Mismatch, Work
 from ghostpool._linux import INSIDE
 from ghostpool._protocol import Opened, OpenOp
 
 
-class OpenWork:
+class OpenWork(Work):
     """Requests that open ghosts. `own_fds` is the worker's /proc/self/fd, the host's."""
 
     def __init__(self, directories: Directories, own_fds: int) -> None:
         self._directories = directories
         self._own_fds = own_fds
-        self._step = ""
-        """The system call in progress, for the failure."""
 
     def do_open(self, out: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
         """Link, open, check, unlink; the descriptors go back in order."""
         done: list[Any] = []
         for index, fields in enumerate(operations):
             operation = OpenOp(*fields)
-            self._step = "openat2"
             path = operation.live_directory + b"/" + operation.names[0]
             try:
+                self._step = "openat2"
                 done.append(tuple(self._open(operation, out)))
             except Mismatch as error:
                 raise Failed(index, 0, str(error), path, operation.live) from error
@@ -51,7 +49,6 @@ class OpenWork:
         try:
             self._step = "openat2"
             link_to = self._directories.open(operation.link, operation.link_directory)
-            self._step = "linkat"
             used = self._link(operation, link_to)
             linked = True
             self._step = "openat2"
@@ -80,6 +77,7 @@ class OpenWork:
         last = len(operation.names) - 1
         for number, name in enumerate(operation.names):
             try:
+                self._step = "linkat"
                 os.link(
                     operation.temp_name,
                     name,
@@ -98,6 +96,7 @@ class OpenWork:
 
     def _is_ours(self, operation: OpenOp, directory: int, name: bytes) -> bool:
         try:
+            self._undo_step = "fstatat"
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         except OSError:
             return False
@@ -106,6 +105,7 @@ class OpenWork:
     def _unlink_own(self, operation: OpenOp, directory: int, name: bytes) -> None:
         if self._is_ours(operation, directory, name):
             try:
+                self._undo_step = "unlinkat"
                 os.unlink(name, dir_fd=directory)
             except OSError:
                 pass
@@ -114,6 +114,7 @@ class OpenWork:
         is_fifo = stat.S_ISFIFO(operation.mode)
         fd = self._open_own(operation, directory, name, is_fifo)
         try:
+            self._step = "fstat"
             status = os.fstat(fd)
             self._check_identity(operation, status)
             if operation.mode >= 0 and status.st_mode != operation.mode:
@@ -142,11 +143,13 @@ class OpenWork:
         """Open the file of the expected identity, and no other: opening another one may block for
         ever (a fifo) or set off a device, and tasks of the container can exchange names."""
         path_flags = os.O_PATH | os.O_NOFOLLOW
+        self._step = "openat2"
         if operation.flags & os.O_PATH:
             return _linux.openat2(directory, name, operation.flags, INSIDE)
         path_fd = _linux.openat2(directory, name, path_flags, INSIDE)
         helper = -1
         try:
+            self._step = "fstat"
             self._check_identity(operation, os.fstat(path_fd))
             if operation.flags & os.O_NOFOLLOW:
                 # Its flag would refuse the magic link, so it has to be opened by its name.
@@ -154,17 +157,24 @@ class OpenWork:
             own = b"%d" % path_fd
             if is_fifo:
                 # A reader waits for a writer, a writer without a reader is refused: be both.
+                self._step = "openat"
                 helper = os.open(own, os.O_RDWR | os.O_NONBLOCK, dir_fd=self._own_fds)
+            self._step = "openat"
             return os.open(own, operation.flags, dir_fd=self._own_fds)
         finally:
             os.close(path_fd)
             if helper >= 0:
                 os.close(helper)
 
-    @staticmethod
-    def _open_regular_by_name(operation: OpenOp, directory: int, name: bytes) -> int:
+    def _open_regular_by_name(self, operation: OpenOp, directory: int, name: bytes) -> int:
         flags = operation.flags | os.O_NONBLOCK
+        self._step = "openat2"
         fd = _linux.openat2(directory, name, flags, INSIDE)
         if not operation.flags & os.O_NONBLOCK:
-            os.set_blocking(fd, True)
+            try:
+                self._step = "fcntl"
+                os.set_blocking(fd, True)
+            except OSError:
+                os.close(fd)
+                raise
         return fd
