@@ -132,17 +132,16 @@ class ForkServer(Work):
             status = BlockingChannel(_descriptors.place(targets, first.fileno(), soft_limit))
             for number in _COMMAND_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
-            self._step = "execve"
             self._execute(argv, environment)
         except OSError as error:
             status.send((self._step, error.errno))
 
-    @staticmethod
-    def _execute(argv: list[bytes], environment: dict[bytes, bytes]) -> None:
+    def _execute(self, argv: list[bytes], environment: dict[bytes, bytes]) -> None:
         """execve(2) of the first match in PATH. OSError if there is none.
 
         Not os.execvpe, which imports a module on the way (see `seal_imports`).
         """
+        self._step = "execve"
         if b"/" in argv[0]:
             os.execve(argv[0], argv, environment)
         failure = OSError(errno.ENOENT, os.strerror(errno.ENOENT))

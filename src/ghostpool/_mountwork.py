@@ -147,17 +147,24 @@ class MountWork(Work):
         """Set the read-only bit; per mount None, or a failure (EBUSY: somebody writes)."""
         results: list[Any] = []
         for handle in handles:
-            try:
-                fd = self._mounts[handle]
-                attributes = 0
-                if not self._mount_setattr:
-                    self._step = "statx"
-                    attributes, _ = self._state(fd, _linux.mount_identity(fd))
-                self._set_read_only(fd, attributes, True)
-                results.append(None)
-            except OSError as error:
-                results.append((error.errno or errno.EIO, self._step))
+            failure = self._make_read_only(handle)
+            if failure is not None and failure[0] != errno.EBUSY:
+                # A signal or a shortage of memory passes, and no mount may stay writable for it.
+                failure = self._make_read_only(handle)
+            results.append(failure)
         return results
+
+    def _make_read_only(self, handle: int) -> tuple[int, str] | None:
+        try:
+            fd = self._mounts[handle]
+            attributes = 0
+            if not self._mount_setattr:
+                self._step = "statx"
+                attributes, _ = self._state(fd, _linux.mount_identity(fd))
+            self._set_read_only(fd, attributes, True)
+        except OSError as error:
+            return error.errno or errno.EIO, self._step
+        return None
 
     def _set_read_only(self, fd: int, attributes: int, read_only: bool) -> None:
         if self._mount_setattr:

@@ -86,7 +86,7 @@ class OpenWork(Work):
                     follow_symlinks=False,
                 )
             except FileExistsError:
-                if operation.keep and self._is_ours(operation, link_to, name):
+                if operation.keep and self._has_identity(operation, link_to, name):
                     break
                 if number == last:
                     raise
@@ -94,21 +94,20 @@ class OpenWork(Work):
                 break
         return number
 
-    def _is_ours(self, operation: OpenOp, directory: int, name: bytes) -> bool:
-        try:
-            self._undo_step = "fstatat"
-            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        except OSError:
-            return False
+    def _has_identity(self, operation: OpenOp, directory: int, name: bytes) -> bool:
+        self._step = "fstatat"
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         return (status.st_dev, status.st_ino) == (operation.device, operation.inode)
 
     def _unlink_own(self, operation: OpenOp, directory: int, name: bytes) -> None:
-        if self._is_ours(operation, directory, name):
-            try:
+        try:
+            self._undo_step = "fstatat"
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if (status.st_dev, status.st_ino) == (operation.device, operation.inode):
                 self._undo_step = "unlinkat"
                 os.unlink(name, dir_fd=directory)
-            except OSError:
-                pass
+        except OSError:
+            pass
 
     def _open_checked(self, operation: OpenOp, directory: int, name: bytes) -> int:
         is_fifo = stat.S_ISFIFO(operation.mode)
