@@ -36,9 +36,9 @@ LAYERS = [
     "_build _descriptors _guardian",
     "_worker",
     "_buildfiles _creating _mountwork _opening _removing",
-    "_directories",
+    "_directories _journal",
     "_failed",
-    "_journal _protocol",
+    "_protocol",
     "_buildspec _identity _mountinfo",
     "_errors _linux",
 ]
