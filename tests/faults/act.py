@@ -8,7 +8,7 @@ import time
 
 from tests.faults.area import Area, Fault
 
-CHILDREN = ("forkserver", "worker", "guardian", "build", "spawn")
+CHILDREN = ("worker", "guardian", "build", "spawn", "forkserver")
 ACKNOWLEDGE_S = 2.0
 
 
@@ -60,7 +60,9 @@ def everybody(area: Area, coordinator: int) -> None:
     The caller too, if it is one of them.
     """
     own = os.getpid()
-    others = [pid for pid in (coordinator, *alive(area.pids(*CHILDREN))) if pid != own]
+    # The fork server last: with it die the workers, the caller perhaps among them.
+    children = [pid for kind in CHILDREN for pid in alive(area.pids(kind))]
+    others = [pid for pid in (coordinator, *children) if pid != own]
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for pid in others:
             try:

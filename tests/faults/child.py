@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ghostpool import _forkserver, _worker
+from ghostpool import _forkserver, _guardian, _worker
 from ghostpool._failed import Work
 from tests.faults.act import act
 from tests.faults.area import Area, Fault
@@ -75,7 +75,6 @@ class Run:
 
 def _name_requests(run: Run) -> None:
     """Have `run.request` name what a worker, or the fork server, was asked for."""
-    original = _worker.Worker.__init__
 
     def named(name: str, request: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -84,11 +83,15 @@ def _name_requests(run: Run) -> None:
 
         return call
 
-    def init(self: Any, *arguments: Any) -> None:
-        original(self, *arguments)
-        self._requests = {name: named(name, do) for name, do in self._requests.items()}
+    def naming(original: Callable[..., None]) -> Any:
+        def init(self: Any, *arguments: Any) -> None:
+            original(self, *arguments)
+            self._requests = {name: named(name, do) for name, do in self._requests.items()}
 
-    _worker.Worker.__init__ = init  # type: ignore[method-assign, assignment]
+        return init
+
+    for kind in (_worker.Worker, _guardian.Guardian):
+        kind.__init__ = naming(kind.__init__)  # type: ignore[method-assign]
     handle = _forkserver.ForkServer._handle
 
     def handled(self: Any, request: Any, fds: list[int]) -> None:

@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import stat
-import subprocess
 import sys
 import time
 import traceback
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 
 import anyio
 
-from ghostpool import _deliver, _launch, _linux, _run
+from ghostpool import _cli, _deliver, _launch, _linux, _run
 from ghostpool._errors import GhostpoolError, RevertError, leaves
 from ghostpool._launch import launch
 from ghostpool._model import NsId
@@ -130,9 +129,10 @@ def run_case(scene: Scene, case: Case, directory: Path, *, again: bool = True) -
 
 
 def may_need_recover(case: Case, outcome: Outcome) -> bool:
-    """Where everything was killed, and where the user was told to."""
+    """Where everything was killed, or the guardian failed as well, or the user was told to."""
     faults = [case.fault, *(fault for _, fault in case.plan)]
-    return ("kill", "all") in faults or "RevertError" in outcome.error
+    both = outcome.error.startswith("killed") and len(case.plan) > 1
+    return ("kill", "all") in faults or both or "RevertError" in outcome.error
 
 
 def _records(run_directory: Path) -> list[str]:
@@ -140,18 +140,31 @@ def _records(run_directory: Path) -> list[str]:
 
 
 def _recover(run_directory: Path, outcome: Outcome) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ghostpool", "recover", "--json"],
-        env={**os.environ, "GHOSTPOOL_RUN_DIR": str(run_directory)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    outcome.said += done.stderr
-    if done.returncode:
-        outcome.red.append(f"recover ended with {done.returncode}: {done.stdout}{done.stderr}")
+    """The command, in a fork of this process, which has everything imported already."""
+    said = os.open(run_directory.parent / "said", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    pid = os.fork()
+    if pid == 0:
+        status = 70
+        try:
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            os.environ["GHOSTPOOL_RUN_DIR"] = str(run_directory)
+            sys.argv = ["ghostpool", "recover", "--json"]
+            _cli.main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else status
+        except BaseException:  # noqa: BLE001  it is told to the caller
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    _, wait_status = os.waitpid(pid, 0)
+    with open(said, "rb") as file:
+        file.seek(0)
+        text = file.read().decode(errors="replace")
+    outcome.said += text
+    if wait_status:
+        outcome.red.append(f"recover ended with {os.waitstatus_to_exitcode(wait_status)}: {text}")
 
 
 def differences(scene: Scene, now: list[Any], outcome: Outcome) -> list[str]:
