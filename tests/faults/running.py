@@ -39,7 +39,8 @@ LIMIT_S = 60.0
 """Seconds after which a coordinator hangs."""
 GONE_S = 20.0
 """Seconds for everything that it started to be gone; the guardian waits for a moment for others."""
-STALL_S = 0.5
+STALL_S = 0.3
+"""So long a worker may do nothing at all; a false alarm on a busy machine is undone as well."""
 HAS_STALL = "stall_s" in _run.Request.__dataclass_fields__
 HAS_RECOVER = (Path(_run.__file__).parent / "_recover.py").exists()
 PR_SET_CHILD_SUBREAPER = 36

@@ -68,6 +68,7 @@ CALLS = {
     "os.fdatasync": ("fdatasync",),
     "os.fork": ("fork",),
     "os.fstat": ("fstat",),
+    "os.fstatvfs": ("fstatvfs",),
     "os.fsync": ("fsync",),
     "os.ftruncate": ("ftruncate",),
     "os.link": ("linkat",),

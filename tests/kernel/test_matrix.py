@@ -47,7 +47,7 @@ def test_every_module_of_the_children_is_scanned_or_says_why_not() -> None:
 
 
 def test_every_step_has_its_errnos() -> None:
-    assert {step.name for step in steps.scan().steps} == set(ERRNOS)
+    assert {step.name for step in steps.scan().steps} <= set(ERRNOS)
 
 
 @pytest.mark.needs_mount_ns
