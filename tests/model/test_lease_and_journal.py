@@ -2,8 +2,9 @@
 
 What a restore does to mounts is taken apart into the steps that a power cut can fall between:
 a record is written, the kernel changes a mount, a record says that it is undone. Tasks acquire and
-release through the real lease table; the kernel is the package's own fake; whoever crashes loses
-all memory, and `recover` has nothing but the journal.
+release through the real lease table, the journal has the real format, the kernel is the package's
+own fake. Whoever crashes loses all memory and may cut the record that is being written anywhere;
+`recover` has nothing but the journal's bytes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from hypothesis.stateful import (
 )
 
 from ghostpool._errors import KernelError
+from ghostpool._journal import MAGIC, Journal, JournalRun, _frame
 from ghostpool._lease import LeaseTable
 from ghostpool._linux import Attr
 from ghostpool.testing import FakeKernel
@@ -36,26 +38,33 @@ NAMES = "abc"
 MOUNTS = st.sampled_from(NAMES)
 
 
-class Journal:
-    """The contract of the journal: records in order, each on disk when `write` returns.
-
-    One that a crash has cut short is as if it had never been begun.
-    """
+class Disk:
+    """The journal's bytes; each record is on disk when `write` returns."""
 
     def __init__(self) -> None:
-        self._records: list[tuple[str, str]] = []
+        run = JournalRun("0123456789ab", 1, 2, 3, "boot", 4)
+        self._data = MAGIC + _frame(("run", *run))
 
     def write(self, kind: str, mount: str) -> None:
-        self._records.append((kind, mount))
+        self._data += _frame(_record_of(kind, mount))
+
+    def cut(self, kind: str, mount: str, part: float) -> None:
+        """As much of a record as was on disk when the power went; never all of it."""
+        frame = _frame(_record_of(kind, mount))
+        self._data += frame[: int(part * len(frame))]
+
+    def reopen(self) -> None:
+        """Go on behind the last whole record, as `recover` does."""
+        self._data = self._data[: Journal(self._data).end]
 
     def owed(self) -> list[str]:
         """What a replay finds, in the order in which it came to be owed."""
-        found: dict[str, None] = {}
-        for kind, mount in self._records:
-            found.pop(mount, None)
-            if kind == "owe":
-                found[mount] = None
-        return list(found)
+        return [debt.what for debt in Journal(self._data).debts.values()]
+
+
+def _record_of(kind: str, mount: str) -> tuple[Any, ...]:
+    key = ("mount", mount)
+    return (kind, [(key, "mount", 0, mount, None)] if kind == "owe" else [key])
 
 
 Steps = Iterator[None]
@@ -72,7 +81,7 @@ class Machine(RuleBasedStateMachine):
         writable = {mount: found.get(mount, False) for mount in NAMES}
         self.found = {mount: 8 | RDONLY * (not writable[mount]) for mount in NAMES}
         self.kernel: FakeKernel[str] = FakeKernel(self.found)
-        self.journal = Journal()
+        self.journal = Disk()
         self.life = 0
         self.gone: set[str] = set()
         self.refuse: set[str] = set()
@@ -181,6 +190,12 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def crash_and_recover(self, data: st.DataObject) -> None:
         """All memory is lost; recovering may be cut short too, and is then done again."""
+        kind = data.draw(st.sampled_from(["owe", "settle"]))
+        known = self.journal.owed()
+        part = data.draw(st.floats(0, 1, exclude_max=True))
+        self.journal.cut(kind, data.draw(MOUNTS), part)
+        assert self.journal.owed() == known
+        self.journal.reopen()
         self._begin()
         self.refuse.clear()
         while owed := self.journal.owed():
