@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         VerificationError,
         WorkerDied,
+        WorkerHung,
     )
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "WorkerDied",
+    "WorkerHung",
     "__version__",
 ]
 

@@ -45,6 +45,22 @@ _KNOWN_FLAGS = (
 )
 
 
+def privileges_of(ghost: Ghost, policy: Policy) -> tuple[tuple[str, ...], bool]:
+    """What of a ghost needs the operator's word, and whether he has given it."""
+    kinds: list[str] = []
+    allowed = True
+    if stat.S_ISCHR(ghost.mode) or stat.S_ISBLK(ghost.mode):
+        kind = "char" if stat.S_ISCHR(ghost.mode) else "block"
+        rdev = ghost.rdev or 0
+        kinds.append(f"{kind} device {os.major(rdev)}:{os.minor(rdev)}")
+        allowed &= policy.allow_devices
+    for bit, word in (stat.S_ISUID, "setuid"), (stat.S_ISGID, "setgid"):
+        if ghost.mode & bit:
+            kinds.append(word)
+            allowed &= policy.allow_setuid
+    return tuple(kinds), allowed
+
+
 def check_ghost(ghost: Ghost, policy: Policy) -> None:
     """Refuse what the operator has not allowed. PlanError."""
     kind = stat.S_IFMT(ghost.mode)

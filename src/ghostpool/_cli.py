@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
+from functools import reduce
+from operator import or_
 from typing import Any, NoReturn
 
 import click
@@ -40,6 +42,20 @@ class NamespaceOption(click.ParamType[tuple[int, str]]):
             self.fail(str(error), param, ctx)
 
 
+class CapabilityOption(click.ParamType[int]):
+    """NAME, CAP_NAME or ALL, as with container runtimes; the set it stands for."""
+
+    name = "NAME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from ghostpool._capabilities import parse
+
+        try:
+            return parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 class ExternalOption(click.ParamType[tuple[str, str]]):
     """KEY=PATH, or criu's mnt[KEY]:PATH."""
 
@@ -54,6 +70,20 @@ class ExternalOption(click.ParamType[tuple[str, str]]):
             return parse_external(value)
         except (ValueError, GhostpoolError) as error:
             self.fail(str(error), param, ctx)
+
+
+class SizeOption(click.ParamType[int]):
+    """Bytes, or with K, M or G behind the number."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        unit = "KMG".find(text[-1:].upper()) + 1 if text else 0
+        digits = text[:-1] if unit else text
+        if not (digits.isascii() and digits.isdecimal()) or not int(digits):
+            self.fail(f"{text!r} is no size: bytes, or a number with K, M or G", param, ctx)
+        return int(digits) << 10 * unit
 
 
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,6 +169,7 @@ def make_request(options: dict[str, Any], keep: bool = False) -> Any:
     """The Request of target options."""
     from ghostpool._planned import Policy
     from ghostpool._run import Request
+    from ghostpool._stall import STALL_S
     from ghostpool._userns import maps_owner
 
     numbers = [number for number, _ in options["namespaces"]]
@@ -156,6 +187,8 @@ def make_request(options: dict[str, Any], keep: bool = False) -> Any:
             keep=keep,
             mapped=maps_owner(),
         ),
+        stall_s=options.get("stall_timeout") or STALL_S,
+        memory_limit=options.get("memory_limit"),
     )
 
 
@@ -276,6 +309,12 @@ def cli() -> None:
 @click.option(
     "--serve", metavar="PATH", help="Socket to serve descriptors on.  [default: in the run dir]"
 )
+@click.option(
+    "--cap-add",
+    type=CapabilityOption(),
+    multiple=True,
+    help="Capability that CMD keeps besides the usual ones of a container.",
+)
 @click.option("--report", "report_path", metavar="FILE", help="Write a JSON report; - is stdout.")
 @click.option("--json", "as_json", is_flag=True, help="Short for --report -.")
 @click.option(
@@ -283,6 +322,17 @@ def cli() -> None:
     type=click.FloatRange(min=0, min_open=True),
     metavar="S",
     help="Seconds that the whole run may take.",
+)
+@click.option(
+    "--stall-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="Seconds without a sign of life after which a worker hangs.  [default: 15]",
+)
+@click.option(
+    "--memory-limit",
+    type=SizeOption(),
+    help="Let further work wait while all processes of the run take more than this.",
 )
 @click.argument("cmd", nargs=-1, type=click.UNPROCESSED)
 def restore(**options: Any) -> None:
@@ -304,6 +354,8 @@ def restore(**options: Any) -> None:
     chosen = [name for name, given in outcomes.items() if given]
     if len(chosen) > 1:
         raise click.UsageError(f"{' and '.join(chosen)} exclude each other")
+    if options["cap_add"] and not cmd:
+        raise click.UsageError("--cap-add is for a command")
     if report_path == "-" and cmd:
         raise click.UsageError("stdout belongs to the command: write the report to a file")
     if options["as_json"] and options["report_path"] not in (None, "-"):
@@ -311,6 +363,8 @@ def restore(**options: Any) -> None:
 
     # The fork server boots while this process imports its event loop.
     launched = launch()
+    from dataclasses import replace
+
     from ghostpool import _deliver, _run
     from ghostpool._report import Report
 
@@ -321,10 +375,13 @@ def restore(**options: Any) -> None:
             check_report_path(report_path)
             request = make_request(options, keep=options["keep"])
             if cmd:
-                deliver = _deliver.commands(cmd)
+                request = replace(request, consumers="commands")
+                deliver = _deliver.commands(cmd, reduce(or_, options["cap_add"], 0))
             elif options["keep"] or options["discard"]:
+                request = replace(request, consumers="nobody")
                 deliver = _deliver.discard
             else:
+                request = replace(request, consumers="sockets")
                 deliver = serving(options["serve"], stack, err=report_path == "-")
         except PlanError as error:
             report.status, report.error = EXIT_REFUSED, error

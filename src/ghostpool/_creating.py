@@ -14,6 +14,7 @@ from ghostpool._linux import INSIDE
 from ghostpool._protocol import Created, CreateOp, Placed, PlaceOp
 
 _COPY_CHUNK = 1 << 20
+_NEW_NS = 10 * 10**9
 
 
 class CreateWork(Work):
@@ -22,11 +23,13 @@ class CreateWork(Work):
     def __init__(self, directories: Directories, own_fds: int) -> None:
         self._directories = directories
         self._own_fds = own_fds
-        self.images = -1
-        """Directory that contents are read from."""
+        self._images = -1
 
-    def do_create(self, out: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
-        """Make ghosts under temporary names."""
+    def do_create(
+        self, out: list[int], operations: list[tuple[Any, ...]], images: int
+    ) -> list[Any]:
+        """Make ghosts under temporary names; `images` is the directory that contents are in."""
+        self._images = images
         done: list[Any] = []
         for index, fields in enumerate(operations):
             operation = CreateOp(*fields)
@@ -57,7 +60,7 @@ class CreateWork(Work):
             os.symlink(operation.target, name, dir_fd=directory)
         else:
             self._step = "mknodat"
-            os.mknod(name, operation.mode, operation.rdev, dir_fd=directory)
+            os.mknod(name, kind | 0o600, operation.rdev, dir_fd=directory)
         try:
             self._step = "openat2"
             flags = os.O_NOFOLLOW
@@ -66,12 +69,7 @@ class CreateWork(Work):
             try:
                 self._step = "fstat"
                 status = os.fstat(fd)
-                # A task of the container sees the name and may have swapped what it leads to.
-                if (
-                    stat.S_IFMT(status.st_mode) != kind
-                    or status.st_rdev != operation.rdev
-                    or status.st_uid != os.geteuid()
-                ):
+                if not _is_new(status, kind, operation.rdev, os.fstat(directory)):
                     raise Mismatch("identity of the new file")
                 self._step = "fchownat"
                 _linux.lchown_fd(fd, operation.uid, operation.gid)
@@ -131,7 +129,7 @@ class CreateWork(Work):
         if operation.extents:
             self._step = "open of the image"
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            image = os.open(operation.image, flags, dir_fd=self.images)
+            image = os.open(operation.image, flags, dir_fd=self._images)
             try:
                 for offset, length, position in operation.extents:
                     self._copy(image, position, fd, offset, length)
@@ -165,8 +163,10 @@ class CreateWork(Work):
             try:
                 self._step = "mkdirat"
                 done.append(tuple(self._place(operation)))
-            except OSError as error:
+            except (Mismatch, OSError) as error:
                 path = b"/".join([operation.directory, *operation.parents, operation.final[0]])
+                if isinstance(error, Mismatch):
+                    raise Failed(index, 0, str(error), path, operation.mount, done) from error
                 code = error.errno or errno.EIO
                 raise Failed(index, code, self._step, path, operation.mount, done) from error
         return done
@@ -189,7 +189,32 @@ class CreateWork(Work):
                         raise
                 else:
                     break
+            self._step = "fstatat"
+            status = os.stat(name, dir_fd=to, follow_symlinks=False)
+            if (status.st_dev, status.st_ino) != (operation.device, operation.inode):
+                # What somebody has put under the temporary name is his, and goes back there.
+                self._step = "renameat2"
+                _linux.renameat2(to, name, source, operation.name, _linux.RENAME_NOREPLACE)
+                raise Mismatch("identity: another file has the temporary name")
             return Placed(number, len(made))
         except BaseException:
             self._directories.remove(operation.mount, made)
             raise
+
+
+def _is_new(status: os.stat_result, kind: int, rdev: int, directory: os.stat_result) -> bool:
+    """Whether this can be what was just made in the directory.
+
+    No call makes such a file and opens it; a task of the container sees the name and may have
+    moved something else there, of root perhaps, whose owner would be changed. What it has not
+    made itself it can give no other mode or time: so it must be closed to others and as young as
+    the directory's latest change, by the file system's own clock.
+    """
+    open_to_others = kind != stat.S_IFLNK and status.st_mode & 0o5077
+    return (
+        stat.S_IFMT(status.st_mode) == kind
+        and status.st_rdev == rdev
+        and status.st_uid == os.geteuid()
+        and not open_to_others
+        and abs(status.st_mtime_ns - directory.st_mtime_ns) < _NEW_NS
+    )

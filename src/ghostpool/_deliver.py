@@ -7,12 +7,14 @@ descriptors, at their numbers.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Mapping
 
 import anyio
 
+from ghostpool._capabilities import COMMAND
 from ghostpool._errors import CommandError
 from ghostpool._planned import PlannedTask
 from ghostpool._process import Child, CommandFailed
@@ -21,6 +23,8 @@ from ghostpool._run import Delivery, Prepared
 
 TERM_S = 5.0
 """Seconds that commands have after SIGTERM, before SIGKILL."""
+KILL_S = 5.0
+"""Seconds that are waited for a killed command, which uninterruptible sleep delays."""
 
 
 def environment_of(
@@ -48,14 +52,19 @@ async def discard(_: Prepared, restored: Restored) -> None:
     restored.close()
 
 
-def commands(argv: list[str]) -> Delivery:
-    """Run `argv` once for each task of the image and wait for them all."""
+def commands(argv: list[str], extra_capabilities: int = 0) -> Delivery:
+    """Run `argv` once for each task of the image and wait for them all.
+
+    It keeps the capabilities that container runtimes give by default, but for two of them
+    (`_capabilities.COMMAND`), and `extra_capabilities`.
+    """
+    capabilities = COMMAND | extra_capabilities
 
     async def deliver(run: Prepared, restored: Restored) -> None:
         children: list[tuple[int, Child]] = []
         try:
             for planned in run.plan.tasks:
-                child = await _start(run, restored, planned, argv)
+                child = await _start(run, restored, planned, argv, capabilities)
                 children.append((planned.task.pid, child))
             restored.close()
             async with anyio.create_task_group() as group:
@@ -67,7 +76,9 @@ def commands(argv: list[str]) -> Delivery:
     return deliver
 
 
-async def _start(run: Prepared, restored: Restored, planned: PlannedTask, argv: list[str]) -> Child:
+async def _start(
+    run: Prepared, restored: Restored, planned: PlannedTask, argv: list[str], capabilities: int
+) -> Child:
     pid = planned.task.pid
     target = run.targets[planned.task.namespace]
     try:
@@ -77,10 +88,13 @@ async def _start(run: Prepared, restored: Restored, planned: PlannedTask, argv: 
             target.fd,
             restored.of_task(planned),
             run.soft_limit,
+            capabilities,
         )
     except CommandFailed as error:
         what = f"{argv[0]}: {os.strerror(error.errno)}"
-        if error.step != "execve":
+        if error.step == "openat2" and error.errno == errno.ELOOP:
+            what = f"{argv[0]}: it or its #! interpreter leads through a magic link of /proc"
+        elif error.step not in ("execve", "openat2"):
             what = f"{error.step}: {os.strerror(error.errno)}"
         raise CommandError(
             f"the command can not be started for task {pid} in {target.label}: {what}"
@@ -105,5 +119,7 @@ async def _end(children: list[Child]) -> None:
                 await child.wait()
         for child in alive:
             child.signal(signal.SIGKILL)
-        for child in alive:
-            await child.wait()
+        # One that not even this ends is named when the fork server ends.
+        with anyio.move_on_after(KILL_S):
+            for child in alive:
+                await child.wait()

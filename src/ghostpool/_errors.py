@@ -123,6 +123,10 @@ class WorkerDied(RestoreError):
     """A worker process ended, or broke the protocol, while it owed an answer."""
 
 
+class WorkerHung(WorkerDied):
+    """A process showed no sign of life while it owed an answer, and was killed."""
+
+
 class BarrierBroken(RestoreError):
     """Another task failed or was cancelled before all tasks had arrived."""
 
@@ -181,4 +185,5 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "WorkerDied",
+    "WorkerHung",
 ]

@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import socket
+import struct
 from typing import Any
 
 from ghostpool import _descriptors
@@ -20,6 +21,7 @@ from ghostpool._errors import CommandError, PlanError, RestoreError
 from ghostpool._protocol import take_rights
 
 VERSION = 1
+_UCRED = struct.Struct("3i")
 _SPACE = socket.CMSG_SPACE(253 * array.array("i").itemsize)
 
 
@@ -38,6 +40,11 @@ def fetch(path: str, task: int, argv: list[str]) -> None:
         connection.connect(path)
     except OSError as error:
         raise PlanError(f"{path}: {error.strerror}: is ghostpool serving there?") from error
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    _, server, _ = _UCRED.unpack(credentials)
+    if server not in (0, os.geteuid()):
+        # What it hands over would end up in a process that trusts it.
+        raise PlanError(f"{path}: user {server} serves there, neither root nor this user")
     descriptors: dict[int, int] = {}
     cloexec: list[int] = []
     try:

@@ -4,11 +4,11 @@ Started once per run by exec (so nothing of the coordinator's memory is in its c
 imported all that a worker needs and no more; a fork of it costs a tenth of a fresh interpreter.
 It has one thread, because setns(2) into a mount namespace demands that. It ends when the
 coordinator closes its socket, and its workers die with it.
+It uses no capability itself, but hands on what it has: a command may be meant to have any.
 """
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import resource
@@ -17,13 +17,11 @@ import signal
 import sys
 from typing import Any
 
-from ghostpool import _build, _buildspec, _descriptors, _guardian, _linux, _worker
+from ghostpool import _build, _buildspec, _capabilities, _command, _guardian, _linux, _worker
 from ghostpool._failed import Work
 from ghostpool._protocol import BlockingChannel, EndOfStream
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-_DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"
-_COMMAND_SIGNALS = (*_IGNORED, signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class ForkServer(Work):
@@ -100,63 +98,19 @@ class ForkServer(Work):
                 _build_namespaces(BlockingChannel(fds[0]), arguments[0])
                 status = 0
             elif kind == "spawn":
-                self._run_command(fds, *arguments)
+                _command.main(fds, *arguments)
         except BaseException as error:  # noqa: BLE001  a child must not get back into the loop
             os.write(2, f"ghostpool: {kind}: {error!r}\n".encode(errors="replace"))
         finally:
             os._exit(status)
 
-    def _run_command(
-        self,
-        fds: list[int],
-        argv: list[bytes],
-        environment: dict[bytes, bytes],
-        numbers: list[int],
-        soft_limit: int,
-    ) -> None:
-        """Become the user's command: namespace, descriptors, signals, exec.
-
-        `fds`: status socket, mount namespace, stdin, stdout, stderr, then one for each of
-        `numbers`. The status socket is close-on-exec, as is every other descriptor that has no
-        place in the command: its end without a word means that exec succeeded.
-        """
-        # Both objects live until the exec: the end of the first one would close its number, which
-        # may be that of a descriptor of the command by then.
-        status = first = BlockingChannel(fds[0])
-        try:
-            self._step = "setns"
-            _linux.setns(fds[1], _linux.CLONE_NEWNS)
-            self._step = "dup2"
-            targets = dict(enumerate(fds[2:5]))
-            targets.update(zip(numbers, fds[5:], strict=True))
-            status = BlockingChannel(_descriptors.place(targets, first.fileno(), soft_limit))
-            for number in _COMMAND_SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
-            self._execute(argv, environment)
-        except OSError as error:
-            status.send((self._step, error.errno))
-
-    def _execute(self, argv: list[bytes], environment: dict[bytes, bytes]) -> None:
-        """execve(2) of the first match in PATH. OSError if there is none.
-
-        Not os.execvpe, which imports a module on the way (see `seal_imports`).
-        """
-        self._step = "execve"
-        if b"/" in argv[0]:
-            os.execve(argv[0], argv, environment)
-        failure = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-        for directory in environment.get(b"PATH", _DEFAULT_PATH).split(b":"):
-            try:
-                os.execve((directory or b".") + b"/" + argv[0], argv, environment)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except OSError as error:
-                failure = error
-        raise failure
-
 
 def _build_namespaces(channel: BlockingChannel, specs: Any) -> None:
+    os.dup2(0, 2)
+    _linux.prctl(_linux.PR_SET_NO_NEW_PRIVS, 1)
     _linux.prctl(_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    capabilities = _capabilities.Capabilities(_capabilities.BUILDER)
+    capabilities.need(_capabilities.BUILDER)
     try:
         namespaces = _build.build(_buildspec.unmarshal(specs))
     except _buildspec.BuildError as error:
@@ -183,10 +137,17 @@ def seal_imports() -> None:
 
 def main(fd: int) -> None:
     """Serve on the socket `fd` until its other end is closed."""
+    # A container must not reach our memory, descriptors or executable through /proc, nor those of
+    # our children (CVE-2019-5736): they inherit this, and an exec of a command takes it off.
+    _linux.prctl(_linux.PR_SET_DUMPABLE, 0)
+    _capabilities.hold_back()
     # What the caller left inheritable would reach every worker, and so a container.
     os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # A core would be written where a container says, or handed to a program of the host.
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
     for number in _IGNORED:
         # A Ctrl-C reaches the whole process group; who undoes things needs its workers then.
         signal.signal(number, signal.SIG_IGN)

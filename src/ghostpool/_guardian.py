@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 from ghostpool import _linux
+from ghostpool._capabilities import GUARDIAN, Cap, Capabilities
 from ghostpool._identity import start_time
 from ghostpool._journal import Debts, JournalFile
 from ghostpool._protocol import BlockingChannel, EndOfStream
@@ -33,8 +34,10 @@ _OOM_SCORE = b"-900"
 class Guardian(Worker):
     """A worker that remembers what is owed."""
 
-    def __init__(self, channel: BlockingChannel, mount_setattr: bool) -> None:
-        super().__init__(channel, mount_setattr)
+    def __init__(
+        self, channel: BlockingChannel, mount_setattr: bool, capabilities: Capabilities
+    ) -> None:
+        super().__init__(channel, mount_setattr, capabilities)
         self._debts = Debts()
         self._journal: JournalFile | None = None
         self._workers: list[int] = []
@@ -161,13 +164,15 @@ def main(fd: int, mount_setattr: bool) -> None:
     os.setsid()
     os.umask(0)
     _linux.prctl(_linux.PR_SET_NO_NEW_PRIVS, 1)
-    _linux.prctl(_linux.PR_SET_DUMPABLE, 0)
+    capabilities = Capabilities(GUARDIAN | Cap.SYS_RESOURCE)
+    capabilities.need(int(Cap.SYS_RESOURCE))
     try:
         with open("/proc/self/oom_score_adj", "wb", buffering=0) as file:
             file.write(_OOM_SCORE)
     except OSError:
         pass  # needs CAP_SYS_RESOURCE
-    guardian = Guardian(BlockingChannel(fd), mount_setattr)
+    capabilities.give_up(int(Cap.SYS_RESOURCE))
+    guardian = Guardian(BlockingChannel(fd), mount_setattr, capabilities)
     try:
         guardian.serve()
     except (EndOfStream, ConnectionError, BrokenPipeError):

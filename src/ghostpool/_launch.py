@@ -6,14 +6,19 @@ coordinator imports the rest on another (docs/design.md, D-005).
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sys
 from typing import NamedTuple
 
+from ghostpool import _linux
+
 _BOOT = "import sys; sys.path.append({path!r}); from ghostpool import _forkserver as f; f.main(3)"
 
 BLOCKED_AT_START = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_ABOVE = 10
+"""Numbers below it are given to the fork server."""
 
 
 class Launched(NamedTuple):
@@ -33,17 +38,71 @@ def launch() -> Launched:
     import _socket
 
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        pid = _spawn(theirs.fileno())
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return Launched(pid, ours.detach())
+
+
+def _spawn(socket: int) -> int:
+    interpreter = os.path.realpath(sys.executable)
+    try:
+        return _spawn_read_only(interpreter, socket)
+    except OSError:
+        # No privilege, or Linux before 5.12. Then it is only that nothing leads to it.
+        return _execute(sys.executable, {}, socket)
+
+
+def _spawn_read_only(interpreter: str, socket: int) -> int:
+    executable = _read_only(interpreter)
+    try:
+        return _execute(f"/proc/self/fd/{executable}", _libraries(), socket)
+    finally:
+        os.close(executable)
+
+
+def _read_only(path: str) -> int:
+    """The file, on a private mount of its own that is read-only and that nobody else has.
+
+    Every child has it as its /proc/PID/exe. Whoever gets at that link can not open it for writing,
+    however long it waits for the process to end (CVE-2019-5736; docs/design.md, D-018).
+    """
+    clone = _linux.open_tree(_linux.AT_FDCWD, os.fsencode(path), _linux.OPEN_TREE_CLONE)
+    try:
+        _linux.mount_setattr(clone, attr_set=_linux.Attr.RDONLY)
+        return fcntl.fcntl(clone, fcntl.F_DUPFD_CLOEXEC, _ABOVE)
+    finally:
+        os.close(clone)
+
+
+def _libraries() -> dict[str, str]:
+    """An environment in which the loader finds the library that this interpreter was found with.
+
+    It may be looked for at $ORIGIN, which comes from /proc/self/exe and leads nowhere there.
+    """
+    with open("/proc/self/maps", "rb") as file:
+        for line in file:
+            if b"/libpython" in line:
+                path = line.split(maxsplit=5)[5]
+                return {"LD_LIBRARY_PATH": os.fsdecode(os.path.dirname(path))}
+    return {}
+
+
+def _execute(path: str, environment: dict[str, str], socket: int) -> int:
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     actions = [
-        (os.POSIX_SPAWN_DUP2, theirs.fileno(), 3),
+        (os.POSIX_SPAWN_DUP2, socket, 3),
         (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
         (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_RDWR, 0),
     ]
+    # By its first word the interpreter finds its modules, whatever file it was executed from.
     argv = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _BOOT.format(path=package)]
     # A Ctrl-C goes to the whole process group. Blocked, it can not meet the fork server before
     # that ignores it; the mask of the children is cleared there.
-    pid = os.posix_spawn(
-        sys.executable, argv, {}, file_actions=actions, setsigmask=BLOCKED_AT_START
+    return os.posix_spawn(
+        path, argv, environment, file_actions=actions, setsigmask=BLOCKED_AT_START
     )
-    theirs.close()
-    return Launched(pid, ours.detach())

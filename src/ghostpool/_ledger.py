@@ -13,18 +13,20 @@ from dataclasses import dataclass
 
 import anyio
 
-from ghostpool._errors import GhostpoolError, RevertError
+from ghostpool._errors import GhostpoolError, RevertError, WorkerHung
 from ghostpool._guard import Guard, Owed
 from ghostpool._journal import Anchor
-from ghostpool._mend import left_behind, remove_command
+from ghostpool._mend import left_behind, recover_command
 from ghostpool._model import MountHandle, live_of
 from ghostpool._paths import join, text
 from ghostpool._planned import PlannedGhost, PlannedMount, PlannedOpen
 from ghostpool._pool import WorkerPool
-from ghostpool._process import WorkerFailure
+from ghostpool._process import Child, WorkerFailure
 from ghostpool._protocol import Created, Placed, Removed, RemoveOp
 
 _BATCH = 256
+BATCH_S = 60.0
+"""Seconds that one batch may take to be undone by a worker that is slow, but alive."""
 
 
 @dataclass(slots=True)
@@ -47,6 +49,9 @@ class Ledger:
         self._mounts = mounts
         self._temporaries: dict[int, _Temporary] = {}
         self._links: dict[int, tuple[PlannedOpen, int]] = {}
+        self._hung: set[int] = set()
+        """Superblocks that a worker was lost on: nobody else is sent there, and what was made
+        there stays owed."""
 
     def __len__(self) -> int:
         return len(self._temporaries) + len(self._links)
@@ -140,8 +145,10 @@ class Ledger:
             for slot, operations in by_slot.items():
                 group.start_soon(self._clear_slot, slot, operations, left, errors)
         if errors:
+            # What was tried twice was told twice.
+            errors = list({str(error): error for error in errors}.values())
             raise errors[0] if len(errors) == 1 else ExceptionGroup("names are left", errors)
-        if not keep:
+        if not keep and not self._hung:
             await self.settle()
         return left
 
@@ -153,8 +160,18 @@ class Ledger:
         errors: list[Exception],
     ) -> None:
         again = await self._remove(slot, operations, None, errors)
+        undead = self._pool.undead(slot)
+        if undead:
+            # They may have done meanwhile what they were in the middle of.
+            again = operations
         # A directory may have been kept by a name that was removed after it had been tried.
         await self._remove(slot, again, left, errors)
+        errors += [
+            error
+            for child in undead
+            if child.status is None
+            for error in self._may_come(child, operations)
+        ]
 
     async def _remove(
         self,
@@ -167,23 +184,85 @@ class Ledger:
         again: list[tuple[int, RemoveOp]] = []
         for start in range(0, len(operations), _BATCH):
             batch = operations[start : start + _BATCH]
-            # One namespace a message: the service side works from any, so the first one's does.
-            target = batch[0][0]
-            handles = {MountHandle(operation.mount) for _, operation in batch}
-            request = [tuple(operation) for _, operation in batch]
-            try:
-                answers, _ = await self._pool.insist(
-                    slot, "remove", request, target=target, mounts=handles
-                )
-            except (GhostpoolError, WorkerFailure) as error:
-                errors += [self._not_removed(operation, error) for _, operation in batch[:1]]
-                continue
-            for one, fields in zip(batch, answers, strict=True):
-                answer = Removed(*fields)
-                if answer.left:
-                    again.append(one)
-                self._note(one[1], answer, left, errors)
+            again += await self._remove_batch(slot, batch, left, errors)
         return again
+
+    async def _remove_batch(
+        self,
+        slot: int,
+        batch: list[tuple[int, RemoveOp]],
+        left: list[str] | None,
+        errors: list[Exception],
+    ) -> list[tuple[int, RemoveOp]]:
+        if self._hung:
+            batch = [one for one in batch if self._superblock(one[1]) not in self._hung]
+        if not batch:
+            return []
+        # One namespace a message: the service side works from any, so the first one's does.
+        target = batch[0][0]
+        handles = {MountHandle(operation.mount) for _, operation in batch}
+        request = [tuple(operation) for _, operation in batch]
+        try:
+            answers, _ = await self._pool.insist(
+                slot, "remove", request, target=target, mounts=handles, deadline_s=BATCH_S
+            )
+        except WorkerHung as error:
+            return await self._remove_apart(slot, batch, left, errors, error)
+        except (GhostpoolError, WorkerFailure) as error:
+            errors += [self._not_removed(operation, error) for _, operation in batch[:1]]
+            return []
+        again: list[tuple[int, RemoveOp]] = []
+        for one, fields in zip(batch, answers, strict=True):
+            answer = Removed(*fields)
+            if answer.left:
+                again.append(one)
+            self._note(one[1], answer, left, errors)
+        return again
+
+    async def _remove_apart(
+        self,
+        slot: int,
+        batch: list[tuple[int, RemoveOp]],
+        left: list[str] | None,
+        errors: list[Exception],
+        error: WorkerHung,
+    ) -> list[tuple[int, RemoveOp]]:
+        """A file system hangs: what lies on the others goes nevertheless."""
+        by_superblock: dict[int, list[tuple[int, RemoveOp]]] = {}
+        for one in batch:
+            by_superblock.setdefault(self._superblock(one[1]), []).append(one)
+        if len(by_superblock) == 1:
+            (superblock,) = by_superblock
+            if superblock not in self._hung:
+                self._hung.add(superblock)
+                errors += self._may_be_left([operation for _, operation in batch], str(error))
+            return []
+        again: list[tuple[int, RemoveOp]] = []
+        for some in by_superblock.values():
+            again += await self._remove_batch(slot, some, left, errors)
+        return again
+
+    def _superblock(self, operation: RemoveOp) -> int:
+        return self._mounts[live_of(operation.mount)].mount.device
+
+    def _may_come(
+        self, child: Child, operations: Iterable[tuple[int, RemoveOp]]
+    ) -> list[RevertError]:
+        """A worker that can not be ended may still make one of its names when it wakes."""
+        some = [op for _, op in operations if self._superblock(op) not in self._hung]
+        why = f"process {child.pid} was killed, but hangs in a call that may still make a name"
+        return self._may_be_left(some, why)
+
+    def _may_be_left(self, operations: Iterable[RemoveOp], why: str) -> list[RevertError]:
+        """One error for each mount."""
+        handles = dict.fromkeys(live_of(operation.mount) for operation in operations)
+        return [
+            RevertError(
+                f"names of this run may be left on mount {self._mounts[handle].label}: {why}",
+                recover_command(),
+            )
+            for handle in handles
+        ]
 
     def _not_removed(self, operation: RemoveOp, error: Exception) -> RevertError:
         planned = self._mounts[live_of(operation.mount)]
@@ -191,7 +270,7 @@ class Ledger:
         return RevertError(
             f"{text(where)} on mount {planned.label}, and more of this run's names, may be left: "
             f"{error}",
-            remove_command(planned, where, operation.is_directory),
+            recover_command(),
         )
 
     def _note(
@@ -208,7 +287,7 @@ class Ledger:
                 RevertError(
                     f"{text(where)} on mount {planned.label} can not be removed: "
                     f"{answer.step}: {os.strerror(answer.errno)}",
-                    remove_command(planned, where, operation.is_directory),
+                    recover_command(),
                 )
             )
         told = left if left is not None else []

@@ -79,6 +79,8 @@ RENAME_NOREPLACE = 1
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
+PR_CAPBSET_READ = 23
+PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
 
 
@@ -254,11 +256,59 @@ def unshare(flags: int) -> None:
         raise _fail("unshare")
 
 
-def prctl(option: int, value: int = 0) -> None:
-    """prctl(2) with one numeric argument."""
+def prctl(option: int, value: int = 0) -> int:
+    """prctl(2) with one numeric argument; what it returns."""
     args = [ctypes.c_ulong(value)] + [ctypes.c_ulong(0)] * 3
-    if _libc.prctl(option, *args) < 0:
+    got: int = _libc.prctl(option, *args)
+    if got < 0:
         raise _fail("prctl")
+    return got
+
+
+_CAP_HEADER = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+
+
+def capget() -> tuple[int, int, int]:
+    """Effective, permitted and inheritable set of this thread, as bits: capget(2)."""
+    data = ctypes.create_string_buffer(24)
+    if _libc.capget(_CAP_HEADER, data) < 0:
+        raise _fail("capget")
+    low = struct.unpack_from("III", data, 0)
+    high = struct.unpack_from("III", data, 12)
+    effective, permitted, inheritable = (a | b << 32 for a, b in zip(low, high, strict=True))
+    return effective, permitted, inheritable
+
+
+def capset(effective: int, permitted: int, inheritable: int) -> None:
+    """Set them: capset(2). EPERM: more than is permitted."""
+    sets = (effective, permitted, inheritable)
+    low = struct.pack("III", *(bits & 0xFFFFFFFF for bits in sets))
+    high = struct.pack("III", *(bits >> 32 for bits in sets))
+    if _libc.capset(_CAP_HEADER, low + high) < 0:
+        raise _fail("capset")
+
+
+def bounding_set() -> int:
+    """The capability bounding set, as bits: prctl(2), PR_CAPBSET_READ."""
+    bits = 0
+    for number in range(64):
+        try:
+            bits |= prctl(PR_CAPBSET_READ, number) << number
+        except OSError:
+            break  # above the last one that this kernel has
+    return bits
+
+
+def drop_bounding(some: int) -> None:
+    """Take capabilities out of the bounding set, for good; needs CAP_SETPCAP in effect."""
+    for number in range(64):
+        if some >> number & 1:
+            try:
+                prctl(PR_CAPBSET_DROP, number)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                break  # above the last one that this kernel has
 
 
 def lchown_fd(fd: int, uid: int, gid: int) -> None:

@@ -5,6 +5,7 @@ The commands run programs of the caller, never of the container whose namespace 
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 
@@ -15,7 +16,10 @@ from ghostpool._model import MountHandle, live_of
 from ghostpool._paths import text
 from ghostpool._planned import PlannedMount
 from ghostpool._protocol import Failure
+from ghostpool._rundir import VARIABLE
 
+HOLDERS_S = 5.0
+"""Seconds in which those who hold a mount busy are looked for."""
 _NOTHING = "nothing: the namespace was rebuilt for this run and ends with it"
 
 
@@ -48,24 +52,21 @@ def mend_command(planned: PlannedMount) -> str:
     return f"mount -N {enter} -o {options} {_quoted(planned.mount.mountpoint)}"
 
 
-def remove_command(planned: PlannedMount, path: bytes, is_directory: bool) -> str:
-    """What a user runs to remove a name that was left, given by its path inside the mount."""
-    enter = planned.namespace.target.enter
-    if enter is None:
-        return _NOTHING
-    tool = "rmdir" if is_directory else "rm -f"
-    inside = planned.mount.mountpoint.rstrip(b"/") + b"/" + path
-    if enter.isdecimal():
-        return f"{tool} {_quoted(b'/proc/' + enter.encode() + b'/root' + inside)}"
-    return f"nsenter --mount={shlex.quote(enter)} {tool} {_quoted(inside)}"
+def recover_command() -> str:
+    """What a user runs to have all that is still owed undone, from the journal of this run."""
+    directory = os.environ.get(VARIABLE)
+    return (f"{VARIABLE}={shlex.quote(directory)} " if directory else "") + "ghostpool recover"
 
 
 async def describe_holders(mnt_id: int) -> str:
     """Who keeps a mount busy, for people."""
     from ghostpool._holders import holders  # psutil, which only this needs
 
-    found = await anyio.to_thread.run_sync(holders, mnt_id)
-    return ", ".join(map(str, found)) or "nobody any more"
+    # A file that one of them holds may lie on a file system that does not answer.
+    with anyio.move_on_after(HOLDERS_S):
+        found = await anyio.to_thread.run_sync(holders, mnt_id, abandon_on_cancel=True)
+        return ", ".join(map(str, found)) or "nobody any more"
+    return f"somebody who could not be found within {HOLDERS_S:g} s"
 
 
 def _quoted(path: bytes) -> str:

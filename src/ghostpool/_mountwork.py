@@ -13,7 +13,7 @@ from ghostpool import _linux
 from ghostpool._failed import Failed, Work
 from ghostpool._linux import Attr
 from ghostpool._mountinfo import parse_line
-from ghostpool._protocol import MountFacts
+from ghostpool._protocol import MountFacts, Room
 
 
 class MountWork(Work):
@@ -78,6 +78,21 @@ class MountWork(Work):
                     mount = parse_line(line.rstrip(b"\n"))
                     return mount.attributes, mount.superblock_read_only
         raise OSError(errno.ENOENT, "the mount is gone")
+
+    def do_room(self, out: list[int], handles: list[int]) -> list[Any]:
+        """How much room there is behind each mount; None where the file system does not tell."""
+        found: list[Any] = []
+        for handle in handles:
+            try:
+                self._step = "fstatvfs"
+                said = os.fstatvfs(self._mounts[handle])
+            except OSError:
+                found.append(None)
+                continue
+            block = said.f_frsize or said.f_bsize or 1
+            room = Room(block, said.f_blocks, said.f_bavail, said.f_files, said.f_favail)
+            found.append(tuple(room))
+        return found
 
     def do_clone(self, out: list[int], handles: list[tuple[int, int]]) -> list[Any]:
         """A detached, private, writable clone of each mount: service writability.

@@ -37,6 +37,14 @@ class OpenWork(Work):
                 raise Failed(index, code, self._step, path, operation.live) from error
         return done
 
+    def do_open_kept(self, _: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
+        """The same for files that stay by name: what was opened to be checked is closed here."""
+        opened: list[int] = []
+        try:
+            return self.do_open(opened, operations)
+        finally:
+            _linux.close_all(opened)
+
     def _open(self, operation: OpenOp, out: list[int]) -> Opened:
         if not operation.temp_name:
             directory = self._directories.open(operation.live, operation.live_directory)
@@ -60,8 +68,10 @@ class OpenWork(Work):
             out.append(fd)
             if operation.keep:
                 return Opened(used, ())
-            self._step = "unlinkat"
-            os.unlink(operation.names[used], dir_fd=link_to)
+            # Whoever has put another file there since keeps it.
+            if self._has_identity(operation, link_to, operation.names[used]):
+                self._step = "unlinkat"
+                os.unlink(operation.names[used], dir_fd=link_to)
             linked = False
         except BaseException:
             if linked:
@@ -100,21 +110,27 @@ class OpenWork(Work):
         return (status.st_dev, status.st_ino) == (operation.device, operation.inode)
 
     def _unlink_own(self, operation: OpenOp, directory: int, name: bytes) -> None:
+        """Also if something else had the temporary name when it was linked: it still has that."""
         try:
             self._undo_step = "fstatat"
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            if (status.st_dev, status.st_ino) == (operation.device, operation.inode):
+            own = (status.st_dev, status.st_ino) == (operation.device, operation.inode)
+            if own or self._is_link(operation, status):
                 self._undo_step = "unlinkat"
                 os.unlink(name, dir_fd=directory)
         except OSError:
             pass
 
+    def _is_link(self, operation: OpenOp, new: os.stat_result) -> bool:
+        source = self._directories.open(operation.link, operation.temp_directory)
+        self._undo_step = "fstatat"
+        old = os.stat(operation.temp_name, dir_fd=source, follow_symlinks=False)
+        return os.path.samestat(old, new)
+
     def _open_checked(self, operation: OpenOp, directory: int, name: bytes) -> int:
         is_fifo = stat.S_ISFIFO(operation.mode)
-        fd = self._open_own(operation, directory, name, is_fifo)
+        fd, status = self._open_own(operation, directory, name, is_fifo)
         try:
-            self._step = "fstat"
-            status = os.fstat(fd)
             self._check_identity(operation, status)
             if operation.mode >= 0 and status.st_mode != operation.mode:
                 raise Mismatch(f"mode: {status.st_mode:o} instead of {operation.mode:o}")
@@ -138,28 +154,31 @@ class OpenWork(Work):
         if (status.st_dev, status.st_ino) != (operation.device, operation.inode):
             raise Mismatch("identity: another file has the name")
 
-    def _open_own(self, operation: OpenOp, directory: int, name: bytes, is_fifo: bool) -> int:
+    def _open_own(
+        self, operation: OpenOp, directory: int, name: bytes, is_fifo: bool
+    ) -> tuple[int, os.stat_result]:
         """Open the file of the expected identity, and no other: opening another one may block for
         ever (a fifo) or set off a device, and tasks of the container can exchange names."""
         path_flags = os.O_PATH | os.O_NOFOLLOW
         self._step = "openat2"
         if operation.flags & os.O_PATH:
-            return _linux.openat2(directory, name, operation.flags, INSIDE)
+            return self._with_status(_linux.openat2(directory, name, operation.flags, INSIDE))
         path_fd = _linux.openat2(directory, name, path_flags, INSIDE)
         helper = -1
         try:
             self._step = "fstat"
-            self._check_identity(operation, os.fstat(path_fd))
+            status = os.fstat(path_fd)
+            self._check_identity(operation, status)
             if operation.flags & os.O_NOFOLLOW:
                 # Its flag would refuse the magic link, so it has to be opened by its name.
-                return self._open_regular_by_name(operation, directory, name)
+                return self._with_status(self._open_regular_by_name(operation, directory, name))
             own = b"%d" % path_fd
             if is_fifo:
                 # A reader waits for a writer, a writer without a reader is refused: be both.
                 self._step = "openat"
                 helper = os.open(own, os.O_RDWR | os.O_NONBLOCK, dir_fd=self._own_fds)
             self._step = "openat"
-            return os.open(own, operation.flags, dir_fd=self._own_fds)
+            return os.open(own, operation.flags, dir_fd=self._own_fds), status
         finally:
             os.close(path_fd)
             if helper >= 0:
@@ -177,3 +196,11 @@ class OpenWork(Work):
                 os.close(fd)
                 raise
         return fd
+
+    def _with_status(self, fd: int) -> tuple[int, os.stat_result]:
+        try:
+            self._step = "fstat"
+            return fd, os.fstat(fd)
+        except BaseException:
+            os.close(fd)
+            raise

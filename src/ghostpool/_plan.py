@@ -17,7 +17,7 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 
-from ghostpool._admission import check_ghost, check_mount, open_flags
+from ghostpool._admission import check_ghost, check_mount, open_flags, privileges_of
 from ghostpool._errors import (
     GhostpoolError,
     Overmounted,
@@ -36,6 +36,7 @@ from ghostpool._model import (
     Task,
 )
 from ghostpool._mountinfo import LiveMount
+from ghostpool._needs import Counts
 from ghostpool._paths import is_below, join, relative_to, text
 from ghostpool._planned import (
     Opening,
@@ -45,6 +46,7 @@ from ghostpool._planned import (
     PlannedOpen,
     PlannedTask,
     Policy,
+    Privileged,
     Refusal,
 )
 from ghostpool._protocol import Look
@@ -112,6 +114,7 @@ class Planner:
                 self._collect_one(remap, file, held)
             except GhostpoolError as error:
                 self.refuse(subject, error)
+        self._list_privileged()
         remapped = {remap.origin for remap in self._images.remaps if remap.kind != "procfs"}
         for task in self._images.tasks:
             for holder in task.holders:
@@ -127,6 +130,19 @@ class Planner:
             f"{text(name)}: a bound UNIX socket whose name is gone is not restored yet"
             for name in self._images.deleted_sockets
         ]
+
+    def _list_privileged(self) -> None:
+        """Each such ghost once, by the first of its names, refused for another reason or not."""
+        listed: set[GhostId] = set()
+        for remap in self._images.remaps:
+            ghost = self._images.ghosts.get(GhostId(remap.target))
+            if remap.kind != "ghost" or ghost is None or ghost.id in listed:
+                continue
+            kinds, allowed = privileges_of(ghost, self._policy)
+            if kinds:
+                listed.add(ghost.id)
+                name = text(self._images.files[remap.origin].name)
+                self._plan.privileged.append(Privileged(ghost.file, name, kinds, allowed))
 
     def _collect_one(
         self, remap: Remap, file: RegFile, held: Mapping[RegId, tuple[Task, bool]]
@@ -188,6 +204,23 @@ class Planner:
                 base = self._find_base(openings)
                 if base is not None:
                     self._planned(*base)
+
+    def counts(self, held: bool) -> Counts:
+        """How much there is to hold open; `held`: the files themselves too."""
+        numbers = [
+            [d.number for d in task.descriptors if d.reg_id in self._openings]
+            for task in self._images.tasks
+        ]
+        return Counts(
+            namespaces=len({n.target.index for n in self._namespaces.values()}),
+            mounts=len(self._plan.mounts),
+            opens=len(self._openings),
+            held=held,
+            directories=len(self._wanted),
+            tasks=len(self._images.tasks),
+            most_of_task=max(map(len, numbers), default=0),
+            highest_number=max((number for some in numbers for number in some), default=-1),
+        )
 
     # -- step two -------------------------------------------------------------------------------
 

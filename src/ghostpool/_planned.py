@@ -146,6 +146,24 @@ class Refusal:
         return f"{self.subject}: {self.error}"
 
 
+@dataclass(frozen=True, slots=True)
+class Privileged:
+    """A ghost that could give somebody more than he has, whether it is allowed or not."""
+
+    file: str
+    """The image that describes it."""
+    name: str
+    """One of its old names, for people."""
+    kinds: tuple[str, ...]
+    """Of "setuid", "setgid", "char device MAJOR:MINOR", "block device MAJOR:MINOR"."""
+    allowed: bool
+    """Every option that it needs was given."""
+
+    def __str__(self) -> str:
+        kinds = " and ".join(self.kinds)
+        return f"{self.name}: {kinds}, {'allowed' if self.allowed else 'refused'}"
+
+
 @dataclass(slots=True)
 class Plan:
     """Everything that a restore will do."""
@@ -156,6 +174,7 @@ class Plan:
     mounts: dict[MountHandle, PlannedMount] = field(default_factory=dict)
     ghosts: dict[GhostId, PlannedGhost] = field(default_factory=dict)
     tasks: list[PlannedTask] = field(default_factory=list)
+    privileged: list[Privileged] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 

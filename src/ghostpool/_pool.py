@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import anyio
 
 from ghostpool import _linux
-from ghostpool._errors import WorkerDied
+from ghostpool._errors import WorkerDied, WorkerHung
+from ghostpool._memory import MemoryBound
 from ghostpool._model import MountHandle
 from ghostpool._process import Child, ForkServer, Worker
 from ghostpool._targets import Target
@@ -24,10 +25,16 @@ from ghostpool._targets import Target
 log = logging.getLogger("ghostpool")
 DEATH_S = 5.0
 """Seconds that are waited for a killed worker to be gone, which uninterruptible sleep delays."""
-INSIST_S = 6.0
+INSIST_S = 20.0
 """Seconds that one worker may take for undoing something, before another one is asked."""
+INSIST_STALL_S = 6.0
+"""Seconds without a sign of life that it may take: to ask another one does no harm."""
 INSIST = 3
 """How many workers may die of undoing one thing before it is given up."""
+_HEAVY = frozenset(("mountinfo", "open_mounts", "clone", "look", "create", "open", "open_kept"))
+"""Requests that wait while the run is over its bound of memory."""
+_NAMED = 3
+"""Mounts that are named where a worker hangs."""
 
 
 class WorkerPool:
@@ -40,17 +47,26 @@ class WorkerPool:
         targets: Sequence[Target],
         *,
         mount_setattr: bool = True,
+        devices: bool = False,
+        memory: MemoryBound | None = None,
     ) -> None:
         self.jobs = jobs
+        self._memory = memory
         self.mounts: dict[MountHandle, int] = {}
         """Descriptors of mounts, owned by the pool."""
+        self.labels: dict[MountHandle, str] = {}
+        """What people call the mounts, for messages."""
         self._server = server
         self._targets = {target.index: target.fd for target in targets}
+        self._target_labels = {target.index: target.label for target in targets}
         self.mount_setattr = mount_setattr
+        self._devices = devices
         self._watch: Callable[[Child], Awaitable[None]] | None = None
-        self._images = -1
+        self.images = -1
+        """Directory that ghost images are read from, lent to requests that create."""
         self._slots: list[Worker | None] = [None] * jobs
         self._locks = [anyio.Lock() for _ in range(jobs)]
+        self._undead: list[tuple[int, Child]] = []
         self.started = 0
         """Workers forked so far."""
         self.peak_rss = 0
@@ -65,9 +81,16 @@ class WorkerPool:
         targets: Sequence[Target],
         *,
         mount_setattr: bool = True,
+        devices: bool = False,
+        memory: MemoryBound | None = None,
     ) -> AsyncIterator[WorkerPool]:
-        """A pool for the time of the block; at its end no worker and no descriptor is left."""
-        pool = cls(server, jobs, targets, mount_setattr=mount_setattr)
+        """A pool for the time of the block; at its end no worker and no descriptor is left.
+
+        `devices`: workers may make them.
+        """
+        pool = cls(
+            server, jobs, targets, mount_setattr=mount_setattr, devices=devices, memory=memory
+        )
         try:
             yield pool
         finally:
@@ -79,10 +102,6 @@ class WorkerPool:
     def __repr__(self) -> str:
         alive = sum(1 for worker in self._slots if worker is not None and worker.alive)
         return f"<WorkerPool {alive} of {self.jobs} workers, {len(self.mounts)} mounts>"
-
-    def set_images(self, directory_fd: int) -> None:
-        """The directory that ghost images are read from; stays the caller's."""
-        self._images = directory_fd
 
     async def watch_with(self, watch: Callable[[Child], Awaitable[None]]) -> None:
         """Have `watch` told of every worker there is, and of each that is started later."""
@@ -117,20 +136,49 @@ class WorkerPool:
 
     async def _worker(self, slot: int) -> Worker:
         async with self._locks[slot]:
+            await self._bury(slot)
             worker = self._slots[slot]
-            if worker is not None and not worker.alive:
-                # It may be in the middle of the system call that is to be undone.
-                with anyio.move_on_after(DEATH_S, shield=True):
-                    await worker.child.wait()
-            if worker is None or not worker.alive:
-                worker = await self._server.worker(mount_setattr=self.mount_setattr)
+            if worker is None and self._memory is not None and not self._memory.may_start():
+                worker = self._slots[slot] = self._least_shared()
+            if worker is None:
+                worker = await self._server.worker(
+                    mount_setattr=self.mount_setattr, devices=self._devices
+                )
                 self._slots[slot] = worker
                 self.started += 1
                 if self._watch is not None:
                     await self._watch(worker.child)
-                if self._images >= 0:
-                    await worker.call("images", fds=[self._images])
             return worker
+
+    def _least_shared(self) -> Worker | None:
+        """The worker that serves the fewest slots: it takes one request after the other."""
+        serving: dict[Worker, int] = {}
+        for worker in self._slots:
+            if worker is not None and worker.alive:
+                serving[worker] = serving.get(worker, 0) + 1
+        return min(serving, key=lambda worker: serving[worker], default=None)
+
+    async def _bury(self, slot: int) -> bool:
+        """Wait a moment for the end of the slot's worker, if it was killed; whether it has ended.
+
+        It may be in the middle of the system call that is to be undone.
+        """
+        worker = self._slots[slot]
+        if worker is None or worker.alive:
+            return True
+        with anyio.move_on_after(DEATH_S, shield=True):
+            await worker.child.wait()
+        self._slots[slot] = None
+        if worker.child.status is None:
+            self._undead.append((slot, worker.child))
+            log.info("%s was killed, but has not ended", worker.name)
+            return False
+        return True
+
+    def undead(self, slot: int) -> list[Child]:
+        """Workers of the slot that were killed and did not end in time. What they were in the
+        middle of may still happen, until they have a status."""
+        return [child for number, child in self._undead if number == slot]
 
     async def call(
         self,
@@ -141,21 +189,39 @@ class WorkerPool:
         mounts: Iterable[MountHandle] = (),
         fds: Iterable[int] = (),
         deadline_s: float = math.inf,
+        stall_s: float = math.inf,
     ) -> tuple[Any, list[int]]:
         """Have the slot's worker do one request in a target namespace.
 
-        WorkerFailure: an operation failed. WorkerDied: the worker ended or hung.
+        WorkerFailure: an operation failed. WorkerDied: the worker ended. WorkerHung: it was
+        killed, since it showed no sign of life for `stall_s` seconds, or those of all workers.
         """
-        worker = await self._worker(slot)
-        return await worker.call(
-            request,
-            *arguments,
-            namespace=target,
-            namespaces={target: self._targets[target]} if target >= 0 else {},
-            mounts={handle: self.mounts[handle] for handle in mounts},
-            fds=fds,
-            deadline_s=deadline_s,
-        )
+        handles = list(mounts)
+        async with AsyncExitStack() as stack:
+            if self._memory is not None and request in _HEAVY:
+                await stack.enter_async_context(self._memory.turn())
+            worker = await self._worker(slot)
+            try:
+                return await worker.call(
+                    request,
+                    *arguments,
+                    namespace=target,
+                    namespaces={target: self._targets[target]} if target >= 0 else {},
+                    mounts={handle: self.mounts[handle] for handle in handles},
+                    fds=fds,
+                    deadline_s=deadline_s,
+                    stall_s=stall_s,
+                )
+            except WorkerHung as error:
+                where = self._where(target, handles)
+                raise WorkerHung(f"{error}, working on {where}") from error
+
+    def _where(self, target: int, handles: Sequence[MountHandle]) -> str:
+        labels = {self.labels[handle]: None for handle in handles if handle in self.labels}
+        if not labels:
+            return self._target_labels.get(target, "no mount")
+        more = f" and {len(labels) - _NAMED} more" if len(labels) > _NAMED else ""
+        return ", ".join(list(labels)[:_NAMED]) + more
 
     async def insist(
         self,
@@ -164,11 +230,13 @@ class WorkerPool:
         *arguments: object,
         target: int = -1,
         mounts: Iterable[MountHandle] = (),
+        deadline_s: float = INSIST_S,
     ) -> tuple[Any, list[int]]:
         """Like `call`, for what undoes things and may be done twice: a worker that dies of it is
-        replaced, a few times over."""
+        replaced, a few times over. But where not even SIGKILL ends one, others would only follow.
+        """
         handles = list(mounts)
-        for _ in range(INSIST - 1):
+        for left in reversed(range(INSIST)):
             try:
                 return await self.call(
                     slot,
@@ -176,13 +244,18 @@ class WorkerPool:
                     *arguments,
                     target=target,
                     mounts=handles,
-                    deadline_s=INSIST_S,
+                    deadline_s=deadline_s,
+                    stall_s=INSIST_STALL_S,
                 )
             except WorkerDied as error:
+                if not left or not await self._has_ended(slot):
+                    raise
                 log.info("%s: tried again with another worker", error)
-        return await self.call(
-            slot, request, *arguments, target=target, mounts=handles, deadline_s=INSIST_S
-        )
+        raise AssertionError("the last try returns or raises")
+
+    async def _has_ended(self, slot: int) -> bool:
+        async with self._locks[slot]:
+            return await self._bury(slot)
 
     def learned(self, slot: int, handles: Iterable[MountHandle]) -> None:
         """The slot's worker opened these mounts itself and needs not be handed them."""

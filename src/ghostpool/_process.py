@@ -7,23 +7,40 @@ killed, and whoever undoes its work asks another one (docs/design.md, D-007).
 
 from __future__ import annotations
 
+import errno
+import logging
 import marshal
 import math
 import os
+import resource
+import select
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 import anyio
 
 from ghostpool import _linux
-from ghostpool._errors import WorkerDied, alone
+from ghostpool._capabilities import COMMAND
+from ghostpool._errors import WorkerDied, WorkerHung, alone
 from ghostpool._launch import Launched
 from ghostpool._model import MountHandle
-from ghostpool._protocol import HEADER, MAX_FDS, MAX_FRAME, Failure, encode, rights, take_rights
+from ghostpool._protocol import (
+    FLIGHT_S,
+    FLIGHT_STEP_S,
+    HEADER,
+    MAX_FDS,
+    MAX_FRAME,
+    Failure,
+    encode,
+    rights,
+    take_rights,
+)
+from ghostpool._stall import STALL_S, Vigil, condition
 
+log = logging.getLogger("ghostpool")
 FORK_S = 15.0
 """How long the fork server may take to fork one child."""
 SEND_S = 10.0
@@ -32,6 +49,9 @@ CANCEL_GRACE_S = 2.0
 """How long a cancelled call waits for its answer before its worker is killed."""
 STOP_S = 5.0
 """How long children may take to end after their socket was closed."""
+GONE_S = 2.0
+"""How long killed children may take to be gone, before they are named as left behind."""
+_T = TypeVar("_T")
 _CMSG_SPACE = socket.CMSG_SPACE(253 * 4)
 
 
@@ -54,11 +74,16 @@ class Channel:
             view = view[await self._send_part(view, []) :]
 
     async def _send_part(self, data: bytes | memoryview, fds: list[int]) -> int:
+        give_up = anyio.current_time() + FLIGHT_S
         while True:
             try:
                 return self._socket.sendmsg([data], rights(fds), socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 await anyio.wait_writable(self._socket)
+            except OSError as error:
+                if error.errno != errno.ETOOMANYREFS or anyio.current_time() > give_up:
+                    raise
+                await anyio.sleep(FLIGHT_STEP_S)
 
     async def receive(self) -> tuple[Any, list[int]]:
         """The next message. anyio.EndOfStream when the other end has closed.
@@ -103,15 +128,6 @@ class Channel:
         self._fds = []
 
 
-@contextmanager
-def _fork_deadline() -> Iterator[None]:
-    try:
-        with anyio.fail_after(FORK_S, shield=True):
-            yield
-    except TimeoutError:
-        raise WorkerDied(f"the fork server gave no answer within {FORK_S:g} s") from None
-
-
 class Child:
     """A grandchild of the coordinator, forked by the fork server; its end comes as an event."""
 
@@ -145,6 +161,26 @@ class Child:
             except ProcessLookupError:
                 pass
 
+    async def moves(
+        self, receive: Callable[[], Awaitable[_T]], stall_s: float, deadline_s: float = math.inf
+    ) -> _T:
+        """What `receive` gives, which waits for this process.
+
+        WorkerHung: it shows no sign of life for `stall_s` seconds. TimeoutError: it does, but
+        `deadline_s` seconds are over. `receive` is cancelled now and then, and must lose nothing.
+        """
+        vigil = Vigil(self._pidfd, stall_s)
+        give_up = anyio.current_time() + deadline_s
+        while True:
+            left_s = give_up - anyio.current_time()
+            with anyio.move_on_after(min(vigil.interval_s, left_s)):
+                return await receive()
+            now = anyio.current_time()
+            if now >= give_up:
+                raise TimeoutError
+            if vigil.hangs(now):
+                raise WorkerHung(f"no sign of life for {stall_s:g} s ({condition(self._pidfd)})")
+
     def close(self) -> None:
         """Let go of the pidfd."""
         if self._pidfd >= 0:
@@ -155,8 +191,10 @@ class Child:
 class ForkServer:
     """The running fork server. Made by `running`, which also ends it and all its workers."""
 
-    def __init__(self, launched: Launched) -> None:
+    def __init__(self, launched: Launched, stall_s: float) -> None:
         self._launched = launched
+        self.stall_s = stall_s
+        """Seconds without a sign of life after which a child that owes an answer hangs."""
         self._channel = Channel(launched.socket)
         self._lock = anyio.Lock()
         self._answers: list[Child | int] = []
@@ -167,9 +205,14 @@ class ForkServer:
 
     @classmethod
     @asynccontextmanager
-    async def running(cls, launched: Launched) -> AsyncIterator[ForkServer]:
-        """The fork server for the time of the block; at its end every child is gone."""
-        server = cls(launched)
+    async def running(
+        cls, launched: Launched, stall_s: float = STALL_S
+    ) -> AsyncIterator[ForkServer]:
+        """The fork server for the time of the block.
+
+        At its end every child is gone; but for one that not even SIGKILL ends, which is named.
+        """
+        server = cls(launched, stall_s)
         failed: BaseException | None = None
         try:
             async with anyio.create_task_group() as group:
@@ -182,12 +225,19 @@ class ForkServer:
             failed = alone(error)
         finally:
             server._channel.close()
-            for child in server._children.values():
-                child.close()
             with anyio.CancelScope(shield=True):
                 await _reap(launched.pid)
+                # They die with it.
+                give_up = anyio.current_time() + GONE_S
+                for child in server._children.values():
+                    await _see_off(child.pidfd, f"process {child.pid}", give_up)
+                    child.close()
         if failed is not None:
             raise failed
+
+    def pids(self) -> list[int]:
+        """The fork server itself, then its children."""
+        return [self._launched.pid, *self._children]
 
     async def _listen(self) -> None:
         # Shielded: whoever undoes things after a cancellation needs new workers.
@@ -219,41 +269,56 @@ class ForkServer:
     async def fork(self, kind: str, *arguments: object, fds: list[int]) -> Child:
         """Fork one child. WorkerDied if the fork server is gone."""
         # Shielded: a child that was forked must be known, or nobody would end it.
-        # And bounded: a fork server that was stopped must not hang who undoes things.
-        with _fork_deadline():
-            async with self._lock:
-                sent = 0
-                try:
-                    while len(fds) - sent > MAX_FDS:
-                        await self._channel.send(("fds",), fds[sent : sent + MAX_FDS])
-                        sent += MAX_FDS
-                    await self._channel.send((kind, *arguments), fds[sent:])
-                except OSError as error:
-                    raise WorkerDied(f"the fork server is gone: {error}") from error
-                while not self._answers:
-                    if self._dead:
-                        raise WorkerDied("the fork server is gone")
-                    self._answered = anyio.Event()
-                    await self._answered.wait()
-                child = self._answers.pop(0)
+        async with self._lock:
+            # And bounded: a fork server that was stopped must not hang who undoes things.
+            with anyio.move_on_after(FORK_S, shield=True) as scope:
+                child = await self._fork(kind, arguments, fds)
+            if scope.cancelled_caught:
+                # Its answer may still come, and is none to the next question.
+                self._dead = True
+                raise WorkerDied(
+                    f"the fork server (process {self._launched.pid}) gave no answer within "
+                    f"{FORK_S:g} s"
+                )
         if isinstance(child, int):
             raise WorkerDied(f"the fork server can not fork: {os.strerror(child)}")
         return child
 
-    async def worker(self, kind: str = "worker", *, mount_setattr: bool = True) -> Worker:
+    async def _fork(self, kind: str, arguments: tuple[object, ...], fds: list[int]) -> Child | int:
+        if self._dead:
+            raise WorkerDied("the fork server is gone")
+        sent = 0
+        try:
+            while len(fds) - sent > MAX_FDS:
+                await self._channel.send(("fds",), fds[sent : sent + MAX_FDS])
+                sent += MAX_FDS
+            await self._channel.send((kind, *arguments), fds[sent:])
+        except OSError as error:
+            raise WorkerDied(f"the fork server is gone: {error}") from error
+        while not self._answers:
+            if self._dead:
+                raise WorkerDied("the fork server is gone")
+            self._answered = anyio.Event()
+            await self._answered.wait()
+        return self._answers.pop(0)
+
+    async def worker(
+        self, kind: str = "worker", *, mount_setattr: bool = True, devices: bool = False
+    ) -> Worker:
         """Fork a worker, or the guardian, which is one too.
 
-        `mount_setattr=False` makes it do as on Linux before 5.12.
+        `mount_setattr=False` makes it do as on Linux before 5.12. `devices`: it may make them.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            child = await self.fork(kind, mount_setattr, fds=[theirs.fileno()])
+            extra = [True] if devices else []
+            child = await self.fork(kind, mount_setattr, *extra, fds=[theirs.fileno()])
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
-        return Worker(f"{kind} {child.pid}", child, Channel(ours.detach()))
+        return Worker(f"{kind} {child.pid}", child, Channel(ours.detach()), self.stall_s)
 
     async def build(self, specs: object) -> list[int]:
         """Have a fresh child build mount namespaces; their descriptors, in order.
@@ -271,11 +336,13 @@ class ForkServer:
             message: Any = None
             try:
                 while message is None:
-                    message, fds = await channel.receive()
+                    message, fds = await child.moves(channel.receive, self.stall_s)
                     namespaces += fds
             except BaseException as error:
                 child.signal(signal.SIGKILL)
                 _linux.close_all(namespaces)
+                if isinstance(error, WorkerHung):
+                    raise WorkerHung(f"the namespace builder {child.pid} hangs: {error}") from None
                 if isinstance(error, anyio.EndOfStream):
                     raise WorkerDied("the namespace builder ended without an answer") from None
                 raise
@@ -293,11 +360,13 @@ class ForkServer:
         namespace: int,
         descriptors: Mapping[int, int],
         soft_limit: int,
+        capabilities: int = COMMAND,
     ) -> Child:
         """Start a command in a mount namespace with exactly these descriptors.
 
         `descriptors`: number in the command to descriptor here. Standard input, output and error
-        are the coordinator's where they are not among them.
+        are the coordinator's where they are not among them. Of the `capabilities` it has those
+        that this process has.
         CommandFailed if it can not be executed.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -305,18 +374,27 @@ class ForkServer:
         try:
             fds = [theirs.fileno(), namespace, 0, 1, 2, *descriptors.values()]
             try:
-                numbers = list(descriptors)
+                core_limit, _ = resource.getrlimit(resource.RLIMIT_CORE)
                 child = await self.fork(
-                    "spawn", argv, dict(environment), numbers, soft_limit, fds=fds
+                    "spawn",
+                    argv,
+                    dict(environment),
+                    list(descriptors),
+                    soft_limit,
+                    core_limit,
+                    int(capabilities),
+                    fds=fds,
                 )
             finally:
                 theirs.close()
             try:
-                (step, code), _ = await status.receive()
+                (step, code), _ = await child.moves(status.receive, self.stall_s)
             except anyio.EndOfStream:
                 return child
-            except BaseException:
+            except BaseException as error:
                 child.signal(signal.SIGKILL)
+                if isinstance(error, WorkerHung):
+                    raise WorkerHung(f"the command {child.pid} hangs before it: {error}") from None
                 raise
             raise CommandFailed(step, code)
         finally:
@@ -354,9 +432,10 @@ class WorkerFailure(Exception):
 class Worker:
     """One worker process: a lock around its socket, and what it has been given so far."""
 
-    def __init__(self, name: str, child: Child, channel: Channel) -> None:
+    def __init__(self, name: str, child: Child, channel: Channel, stall_s: float) -> None:
         self.name = name
         """For messages."""
+        self._stall_s = stall_s
         self.child = child
         self._channel = channel
         self._lock = anyio.Lock()
@@ -375,12 +454,15 @@ class Worker:
         mounts: Mapping[MountHandle, int] | None = None,
         fds: Iterable[int] = (),
         deadline_s: float = math.inf,
+        stall_s: float = math.inf,
     ) -> tuple[Any, list[int]]:
         """Have one request done; its result, and the descriptors that came with it.
 
         `namespace` is entered first. `namespaces` and `mounts` (number to descriptor here) are
         sent along as far as this worker lacks them. WorkerFailure if the operation failed,
-        WorkerDied if the worker ended, or gave no answer within `deadline_s` seconds.
+        WorkerDied if the worker ended, or gave no answer within `deadline_s` seconds, WorkerHung
+        if it shows no sign of life for `stall_s` seconds (or those that hold for all workers, if
+        they are fewer). It is killed then.
         """
         async with self._lock:
             if not self.alive:
@@ -402,19 +484,30 @@ class Worker:
             try:
                 with anyio.fail_after(SEND_S, shield=True):
                     await self._channel.send((*numbers, request, *arguments), passed)
-                with anyio.fail_after(deadline_s):
-                    ok, result, received = await self._answer()
-            except (anyio.EndOfStream, OSError) as error:
-                late = isinstance(error, TimeoutError)
+                ok, result, received = await self.child.moves(
+                    self._answer, min(stall_s, self._stall_s), deadline_s
+                )
+            except WorkerHung as error:
                 self.kill()
-                what = "gave no answer to" if late else "ended during"
-                raise WorkerDied(f"{self.name} {what} {request!r}") from error
+                raise WorkerHung(f"{self.name} hangs during {request!r}: {error}") from None
+            except TimeoutError as error:
+                doing = condition(self.child.pidfd)
+                self.kill()
+                raise WorkerDied(f"{self.name} gave no answer to {request!r} ({doing})") from error
+            except (anyio.EndOfStream, OSError) as error:
+                self.kill()
+                raise WorkerDied(f"{self.name} ended during {request!r}") from error
             except BaseException:
                 await self._abandon()
                 raise
             if not ok:
                 _linux.close_all(received)
-                raise WorkerFailure(Failure(*result))
+                failure = Failure(*result)
+                if failure.at < 0 and not failure.errno:
+                    # No system call and no check of its own: what it knows can not be relied on.
+                    self.kill()
+                    raise WorkerDied(f"{self.name} was ended, it failed in {failure.step}")
+                raise WorkerFailure(failure)
             return result, received
 
     async def _hand_over(self, mounts: dict[MountHandle, int]) -> None:
@@ -486,6 +579,20 @@ async def _reap(pid: int) -> None:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        os.waitpid(pid, 0)  # noqa: ASYNC222  it was killed or has ended
+        give_up = anyio.current_time() + GONE_S
+        await _see_off(pidfd, f"the fork server (process {pid})", give_up)
+        os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222  returns at once
     finally:
         os.close(pidfd)
+
+
+async def _see_off(pidfd: int, name: str, give_up: float) -> None:
+    """Wait for the end of a process until `give_up`; name it if that does not come."""
+    if pidfd < 0:
+        return
+    with anyio.move_on_after(give_up - anyio.current_time()):
+        await anyio.wait_readable(pidfd)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    if not poll.poll(0):
+        log.warning("%s is left behind, %s", name, condition(pidfd))

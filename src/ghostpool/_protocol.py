@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import _socket
 import array
+import errno
 import marshal
 import os
 import struct
+import time
 from typing import Any, NamedTuple
 
 HEADER = struct.Struct("<IHH")
@@ -21,6 +23,9 @@ MAX_FDS = 250
 """Below SCM_MAX_FD (253), the most that one sendmsg(2) carries."""
 MAX_FRAME = 64 << 20
 _CMSG_SPACE = _socket.CMSG_SPACE(253 * 4)
+FLIGHT_S = 10.0
+"""How long a sender waits for descriptors of others to be received."""
+FLIGHT_STEP_S = 0.002
 
 
 class Failure(NamedTuple):
@@ -63,6 +68,19 @@ class Look(NamedTuple):
     """For each name with ".cr_link" appended."""
 
 
+class Room(NamedTuple):
+    """What statvfs(3) says of a superblock."""
+
+    block: int
+    """Bytes of a block."""
+    blocks: int
+    free_blocks: int
+    """For ordinary users: without what is reserved for root."""
+    inodes: int
+    """0: the file system makes them as they are needed."""
+    free_inodes: int
+
+
 class CreateOp(NamedTuple):
     """Make one ghost under a temporary name, through a service mount."""
 
@@ -101,6 +119,8 @@ class PlaceOp(NamedTuple):
     """Missing directories between `directory` and the old name."""
     final: tuple[bytes, ...]
     """Names to try, the old one first."""
+    device: int
+    inode: int
 
 
 class Placed(NamedTuple):
@@ -220,7 +240,17 @@ class BlockingChannel:
 
     def send(self, message: Any, fds: list[int] | None = None) -> None:
         header, body = encode(message, fds or [])
-        self._socket.sendmsg([header], rights(fds or []), _socket.MSG_NOSIGNAL)
+        give_up = time.monotonic() + FLIGHT_S
+        while True:
+            try:
+                self._socket.sendmsg([header], rights(fds or []), _socket.MSG_NOSIGNAL)
+                break
+            except OSError as error:
+                # Without CAP_SYS_RESOURCE a user may have no more descriptors in flight than
+                # RLIMIT_NOFILE, whoever sent them: unix(7).
+                if error.errno != errno.ETOOMANYREFS or time.monotonic() > give_up:
+                    raise
+                time.sleep(FLIGHT_STEP_S)
         self._socket.sendall(body, _socket.MSG_NOSIGNAL)
 
     def receive(self) -> tuple[Any, list[int]]:

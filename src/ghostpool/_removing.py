@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from typing import Any
 
 from ghostpool import _linux
@@ -12,6 +13,10 @@ from ghostpool._directories import Directories
 from ghostpool._failed import Work
 from ghostpool._linux import INSIDE
 from ghostpool._protocol import NOTHING, OTHER, REMOVED, Removed, RemoveOp
+
+_AGAIN_S = 0.005
+_TRIES = 200
+"""For all names of a request together: a second."""
 
 
 class RemoveWork(Work):
@@ -21,8 +26,23 @@ class RemoveWork(Work):
         self._directories = directories
 
     def do_remove(self, _: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
-        """Take names away; one that resists does not stop the others."""
-        return [tuple(self._remove(RemoveOp(*fields))) for fields in operations]
+        """Take names away; one that resists does not stop the others.
+
+        A directory that a link or a mount stands in for is waited for a moment: whoever exchanges
+        it and back must not make us leave something there.
+        """
+        done: list[Any] = []
+        waited = 0
+        for fields in operations:
+            operation = RemoveOp(*fields)
+            removed = self._remove(operation)
+            while removed.errno in (errno.ELOOP, errno.EXDEV) and waited < _TRIES:
+                waited += 1
+                time.sleep(_AGAIN_S)
+                self._directories.forget()
+                removed = self._remove(operation)
+            done.append(tuple(removed))
+        return done
 
     def _remove(self, operation: RemoveOp) -> Removed:
         left: list[bytes] = []
@@ -63,8 +83,11 @@ class RemoveWork(Work):
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
             fd = _linux.openat2(directory, operation.name, flags, INSIDE)
             try:
-                self._step = "utimensat"
-                _linux.utimens_fd(fd, *operation.times)
+                self._step = "fstat"
+                status = os.fstat(fd)
+                if (status.st_dev, status.st_ino) == (operation.device, operation.inode):
+                    self._step = "utimensat"
+                    _linux.utimens_fd(fd, *operation.times)
             finally:
                 os.close(fd)
         self._step = "rmdir"

@@ -25,6 +25,8 @@ class Report:
     identities: Mapping[MountHandle, int] = field(default_factory=dict)
     workers: int = 0
     peak_rss: int = 0
+    memory: tuple[int, int] | None = None
+    """The bound that was set, and the most that was seen, in bytes."""
     elapsed_s: float = 0.0
     commands: list[tuple[int, int]] = field(default_factory=list)
     """Task and status of each command that ran, 128 + n for one that signal n ended."""
@@ -53,6 +55,9 @@ class Report:
             "namespaces": len({t.namespace for t in plan.images.tasks}) if plan else 0,
             "mounts": [self._mount(planned) for planned in plan.mounts.values()] if plan else [],
             "workers": {"count": self.workers, "peak_rss_bytes": self.peak_rss},
+            "memory": dict(zip(("limit_bytes", "peak_bytes"), self.memory, strict=True))
+            if self.memory
+            else None,
             "commands": [
                 {"task": task, "status": status} for task, status in sorted(self.commands)
             ],
@@ -134,6 +139,15 @@ def plan_document(plan: Plan) -> dict[str, Any]:
                 "made_writable": planned.handle in leased,
             }
             for planned in plan.mounts.values()
+        ],
+        "privileged": [
+            {
+                "path": privileged.name,
+                "file": privileged.file,
+                "kinds": list(privileged.kinds),
+                "allowed": privileged.allowed,
+            }
+            for privileged in plan.privileged
         ],
         "warnings": plan.warnings,
         "refusals": [

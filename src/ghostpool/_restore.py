@@ -54,6 +54,8 @@ REVERT_S = 60.0
 """Deadline of putting mounts back, in seconds: longer than the pool insists on its own."""
 UNDO_S = 60.0
 """Deadline of undoing, in seconds; only hung file systems come near it."""
+UNDO_NAME_S = 0.5
+"""Seconds that each name adds to it: a slow file system is not a hung one."""
 _CREATE_BATCH = 256
 _CREATE_BYTES = 8 << 20
 _OPEN_BATCH = 128
@@ -105,6 +107,7 @@ class Restoration:
         guard: Guard,
         *,
         keep: bool = False,
+        hold: bool = True,
         own_owner: bool = False,
         progress: Progress = _silent,
     ) -> None:
@@ -112,6 +115,7 @@ class Restoration:
         self._plan = plan
         self._pool = pool
         self._keep = keep
+        self._hold = hold
         self._own_owner = own_owner
         self._progress = progress
         self._kernel = PoolMounts(pool, plan.mounts, guard)
@@ -212,6 +216,7 @@ class Restoration:
                 request,
                 target=ghosts[0].mount.namespace.target.index,
                 mounts={planned.mount.service for planned in ghosts},
+                fds=[self._pool.images],
             )
         except WorkerFailure as error:
             for planned, fields in zip(ghosts, error.failure.done, strict=False):
@@ -243,12 +248,15 @@ class Restoration:
 
     async def _place(self, slot: int, planned: PlannedGhost) -> None:
         await self._ledger.placing(planned)
+        created = self._ledger.result(planned.ghost.id)
         operation = PlaceOp(
             planned.mount.service,
             planned.directory,
             planned.name,
             planned.parents,
             planned.final,
+            created.device,
+            created.inode,
         )
         try:
             (fields,), _ = await self._pool.call(
@@ -295,7 +303,8 @@ class Restoration:
         try:
             answers, fds = await self._pool.call(
                 slot,
-                "open",
+                # Whoever wants them when they are kept has the names.
+                "open" if self._hold else "open_kept",
                 [tuple(operation) for operation in operations],
                 target=opens[0].opening.mount.namespace.target.index,
                 mounts=handles,
@@ -303,8 +312,10 @@ class Restoration:
         except WorkerFailure as error:
             name = text(opens[max(0, error.failure.at)].opening.file.name)
             raise self._failed(error.failure, name) from error
-        for planned, fields, fd in zip(opens, answers, fds, strict=True):
-            self.restored.fds[planned.opening.file.id] = fd
+        if self._hold:
+            ids = (planned.opening.file.id for planned in opens)
+            self.restored.fds.update(zip(ids, fds, strict=True))
+        for planned, fields in zip(opens, answers, strict=True):
             opened = Opened(*fields)
             self.restored.left += [left_behind(planned.opening.mount, path) for path in opened.left]
         if not self._keep:
@@ -378,12 +389,13 @@ class Restoration:
         log.info("undoing: %d names", len(self._ledger))
         with anyio.CancelScope(shield=True):
             self.restored.close()
+            limit_s = UNDO_S + UNDO_NAME_S * len(self._ledger)
             try:
-                with anyio.fail_after(UNDO_S):
+                with anyio.fail_after(limit_s):
                     self.restored.left += await self._ledger.clear()
             except TimeoutError:
                 late = RevertError(
-                    f"undoing did not end within {UNDO_S:.0f} s", "look for .ghostpool-* files"
+                    f"undoing did not end within {limit_s:.0f} s", "look for .ghostpool-* files"
                 )
                 raise ExceptionGroup("undoing failed", [late, *_reportable(cause)]) from None
             except Exception as error:  # noqa: BLE001  raised again, with its cause

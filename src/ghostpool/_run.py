@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from ghostpool import _buildspec, _journal, _linux
+from ghostpool import _buildspec, _journal, _linux, _needs
 from ghostpool._errors import PlanError, SandboxError
 from ghostpool._guard import Guard
 from ghostpool._images import read_images
 from ghostpool._launch import Launched
+from ghostpool._memory import MemoryBound
 from ghostpool._model import Images, MountHandle, NsId
+from ghostpool._needs import Consumers
+from ghostpool._plan import Planner
 from ghostpool._planned import Plan, Policy
 from ghostpool._pool import WorkerPool
 from ghostpool._process import BuildFailed, ForkServer
@@ -31,6 +34,7 @@ from ghostpool._report import Report
 from ghostpool._restore import Progress, Restoration, Restored, _silent
 from ghostpool._rundir import open_run_directory
 from ghostpool._sandbox import specs_from_images
+from ghostpool._stall import STALL_S
 from ghostpool._survey import Survey
 from ghostpool._targets import Target, adopt, pin, resolve_namespaces
 
@@ -38,8 +42,6 @@ if TYPE_CHECKING:
     from ghostpool._recover import RecoveredRun
 
 log = logging.getLogger("ghostpool")
-_SPARE_FDS = 128
-"""Descriptors that a run needs besides those of mounts and ghosts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,17 @@ class Request:
     """False: do as on Linux before 5.12, with mount(2)."""
     run_dir: str | None = None
     """Directory for the journal, in place of the usual one."""
+    consumers: Consumers | None = None
+    """Who takes the files over; None: the caller of the library itself."""
+    stall_s: float = STALL_S
+    """Seconds without a sign of life after which a process that is waited for hangs."""
+    memory_limit: int | None = None
+    """Bytes that the run may take before further work waits; None: as many as it needs."""
+
+    @property
+    def holds(self) -> bool:
+        """The opened files are held until the end: unless they are kept by name and for nobody."""
+        return not (self.policy.keep and self.consumers == "nobody")
 
 
 @dataclass(slots=True)
@@ -87,6 +100,7 @@ class Prepared:
                 self.identities,
                 guard,
                 keep=self.request.policy.keep,
+                hold=self.request.holds,
                 own_owner=self.request.policy.own_owner,
                 progress=progress,
             )
@@ -125,29 +139,40 @@ async def prepared(
     `check` may raise for a plan that is not to be carried out; `before` is awaited first.
     """
     begun = time.monotonic()
+
+    def admit(planner: Planner) -> None:
+        _needs.check(planner.counts(request.holds), request.jobs, request.consumers, hard)
+
     soft_limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     targets: list[Target] = []
     try:
-        async with ForkServer.running(launched) as server:
+        async with ForkServer.running(launched, request.stall_s) as server:
             if before is not None:
                 await before(server)
             images_fd = _open_directory(request.images_dir)
             try:
                 images = read_images(request.images_dir, directory_fd=images_fd)
-                by_id, targets = await _targets(request, images, server)
+                by_id, targets = await _targets(request, images, server, hard)
+                memory = _memory_bound(request, server)
                 async with WorkerPool.running(
-                    server, request.jobs, targets, mount_setattr=request.mount_setattr
+                    server,
+                    request.jobs,
+                    targets,
+                    mount_setattr=request.mount_setattr,
+                    devices=request.policy.allow_devices,
+                    memory=memory,
                 ) as pool:
-                    pool.set_images(images_fd)
+                    pool.images = images_fd
                     try:
-                        survey = Survey(pool, images, request.policy)
+                        survey = Survey(pool, images, request.policy, admit)
                         plan = await survey.plan(by_id, secrets.token_hex(6).encode())
                         report.plan = plan
                         report.identities = survey.identities
                         _log_plan(plan)
-                        _check_descriptors(plan, hard)
                         check(plan)
+                        if memory is not None:
+                            await memory.check()
                         report.ready = not plan.refusals
                         yield Prepared(
                             request,
@@ -164,12 +189,20 @@ async def prepared(
                             await pool.stop()
                         report.workers = max(report.workers, pool.started)
                         report.peak_rss = max(report.peak_rss, pool.peak_rss)
+                        if memory is not None:
+                            report.memory = (memory.limit, memory.peak)
             finally:
                 os.close(images_fd)
     finally:
         _linux.close_all(target.fd for target in targets)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard))
         report.elapsed_s = time.monotonic() - begun
+
+
+def _memory_bound(request: Request, server: ForkServer) -> MemoryBound | None:
+    if request.memory_limit is None:
+        return None
+    return MemoryBound(request.memory_limit, lambda: [os.getpid(), *server.pids()])
 
 
 def _log_plan(plan: Plan) -> None:
@@ -200,28 +233,21 @@ def _open_directory(path: str) -> int:
 
 
 async def _targets(
-    request: Request, images: Images, server: ForkServer
+    request: Request, images: Images, server: ForkServer, most_fds: int
 ) -> tuple[dict[NsId, Target], list[Target]]:
     where = resolve_namespaces(images, request.tree, request.namespaces)
     if where:
         if request.external:
             raise PlanError("--external is for rebuilt namespaces: leave it out with -t or --ns")
+        _needs.check_namespaces(len(where), most_fds)
         return pin(where)
     specs = specs_from_images(images, request.external)
+    _needs.check_namespaces(len(specs), most_fds)
     try:
         fds = await server.build(_buildspec.marshal(specs))
     except BuildFailed as error:
         raise SandboxError(f"the mount namespaces can not be rebuilt: {error}") from error
     return adopt({NsId(spec.id): fd for spec, fd in zip(specs, fds, strict=True)})
-
-
-def _check_descriptors(plan: Plan, limit: int) -> None:
-    needed = 2 * len(plan.mounts) + len(plan.opens) + _SPARE_FDS
-    if needed > limit:
-        raise PlanError(
-            f"{len(plan.opens)} files on {len(plan.mounts)} mounts need {needed} descriptors at "
-            f"once, but the limit is {limit}: raise it (ulimit -Hn, LimitNOFILE=)"
-        )
 
 
 async def run_plan(request: Request, launched: Launched, report: Report) -> None:

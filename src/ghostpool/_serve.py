@@ -8,15 +8,20 @@ SOCK_SEQPACKET, one JSON object a message, descriptors by SCM_RIGHTS:
     consumer  {"type": "ready"}
     server    {"type": "released"}          or, at any time, {"type": "abort", "reason": TEXT}
 
-One task's descriptors go to one consumer once: they are let go when it has said "ready".
+One task's descriptors go to one consumer once: they are let go when it has said "ready". One that
+takes them and never says so leaves its task owed, to be fetched again: it may be dead.
+Who may connect is decided by the user of the other end, as the kernel noted it at its connect,
+never by its pid.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import socket
+import stat
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -31,9 +36,11 @@ from ghostpool._restore import Restored
 from ghostpool._run import Delivery, Prepared
 from ghostpool._rundir import run_directory
 
+log = logging.getLogger("ghostpool")
 VERSION = 1
 ANSWER_S = 30.0
 """Seconds that a consumer may take for each of its messages."""
+_AGAIN_S = 0.1
 _UCRED = struct.Struct("3i")
 
 
@@ -49,10 +56,12 @@ class Listener:
             name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
             path = os.path.join(run_directory(), name)
         self.path = os.path.abspath(path)
+        _check_directory(os.path.dirname(self.path))
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         umask = os.umask(0o177)
         try:
             self.socket.bind(self.path)
+            self._identity = _identity(self.path)
             self.socket.listen(128)
         except OSError as error:
             self.socket.close()
@@ -64,10 +73,31 @@ class Listener:
     def close(self) -> None:
         """Take the name away and stop listening."""
         self.socket.close()
-        try:
+        if self._identity is not None and _identity(self.path) == self._identity:
             os.unlink(self.path)
-        except FileNotFoundError:
-            pass
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _check_directory(path: str) -> None:
+    """PlanError if others could put a socket of theirs in the place of ours: consumers would
+    fetch the descriptors from them."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise PlanError(f"--serve {path}: {error.strerror}") from error
+    foreign = status.st_uid not in (0, os.geteuid())
+    shared = status.st_mode & stat.S_IWOTH or (
+        status.st_mode & stat.S_IWGRP and status.st_gid != os.getegid()
+    )
+    if foreign or (shared and not status.st_mode & stat.S_ISVTX):
+        raise PlanError(f"--serve: others may rename files in {path}: name another directory")
 
 
 def serve(listener: Listener, announce: Callable[[str], None]) -> Delivery:
@@ -105,6 +135,11 @@ class _Server:
             except BlockingIOError:
                 await anyio.wait_readable(listener)
                 continue
+            except OSError as error:
+                # It has gone again; or there are no descriptors left, which time may mend.
+                log.info("a consumer could not be accepted: %s", error)
+                await anyio.sleep(_AGAIN_S)
+                continue
             connection.setblocking(False)
             group.start_soon(self._attend, connection)
 
@@ -122,17 +157,18 @@ class _Server:
                 await _send(connection, {"type": "released"})
             except Refused as refusal:
                 await _abort(connection, str(refusal))
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 pass  # a consumer that is gone, too slow, or talks nonsense: its task stays owed
         if not self.owed:
             self.done.set()
 
     async def _hello(self, connection: socket.socket) -> int:
+        # Read first: closing a socket with something unread in it would lose the refusal.
+        message = await _receive(connection)
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         _, uid, _ = _UCRED.unpack(credentials)
         if uid not in (0, os.geteuid()):
             raise Refused(f"user {uid} is not served")
-        message = await _receive(connection)
         if message.get("type") != "hello" or message.get("version") != VERSION:
             raise Refused(f"this server speaks version {VERSION} and expects hello")
         pid = message.get("task")

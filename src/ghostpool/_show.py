@@ -43,6 +43,8 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
         )
     if mounts.rows:
         console.print(mounts)
+    for privileged in plan.privileged:
+        console.print(f"privileged: {escape(str(privileged))}", soft_wrap=True)
     for warning in plan.warnings:
         console.print(f"warning: {escape(warning)}", soft_wrap=True)
     for refusal in plan.refusals:

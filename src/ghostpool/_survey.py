@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import anyio
 
+from ghostpool import _room
 from ghostpool._errors import MountNotFound, Overmounted, PlanError, leaves
 from ghostpool._match import Namespace
 from ghostpool._model import Images, MountHandle, NsId
@@ -23,7 +24,7 @@ from ghostpool._plan import Planner
 from ghostpool._planned import Plan, PlannedMount, Policy
 from ghostpool._pool import WorkerPool
 from ghostpool._process import WorkerFailure
-from ghostpool._protocol import Failure, Look, MountFacts
+from ghostpool._protocol import Failure, Look, MountFacts, Room
 from ghostpool._targets import Target
 
 _BATCH = 200
@@ -34,10 +35,18 @@ _T = TypeVar("_T")
 class Survey:
     """Makes the plan of one restore."""
 
-    def __init__(self, pool: WorkerPool, images: Images, policy: Policy) -> None:
+    def __init__(
+        self,
+        pool: WorkerPool,
+        images: Images,
+        policy: Policy,
+        admit: Callable[[Planner], None] = lambda planner: None,
+    ) -> None:
+        """`admit` may raise for what is to be opened, before it is."""
         self._pool = pool
         self._images = images
         self._policy = policy
+        self._admit = admit
         self.identities: dict[MountHandle, int] = {}
         """Unique id (or mnt_id, before Linux 6.8) of each planned mount."""
 
@@ -54,8 +63,11 @@ class Survey:
         }
         planner = Planner(self._images, namespaces, self._policy, token)
         planner.add_bases()
+        self._admit(planner)
         await self._open_mounts(planner)
-        return planner.finish(await self._look(planner))
+        plan = planner.finish(await self._look(planner))
+        await self._check_room(planner, plan)
+        return plan
 
     def _slot(self, target: Target) -> int:
         return target.index % self._pool.jobs
@@ -82,6 +94,7 @@ class Survey:
             raise _mount_error(planned, error.failure) from error
         for planned, fields, fd in zip(mounts, facts, fds, strict=True):
             self._pool.mounts[planned.handle] = fd
+            self._pool.labels[planned.handle] = planned.label
             found = MountFacts(*fields)
             self.identities[planned.handle] = found.unique_id or found.mnt_id
             if found.mnt_id != planned.mount.mnt_id:
@@ -118,6 +131,7 @@ class Survey:
         for planned, failure in zip(mounts, answers, strict=True):
             if failure is None:
                 self._pool.mounts[planned.service] = next(taken)
+                self._pool.labels[planned.service] = planned.label
                 self._pool.learned(slot, [planned.service])
             elif failure[0] in (errno.EINVAL, errno.ENOSYS):
                 # Unbindable, or Linux before 5.12: the mount's own lease does for both sides.
@@ -146,6 +160,26 @@ class Survey:
 
         await _each(look, list(by_target.items()))
         return looks
+
+    async def _check_room(self, planner: Planner, plan: Plan) -> None:
+        by_target: dict[int, list[_room.Part]] = {}
+        for part in _room.parts_of(plan):
+            by_target.setdefault(part.mount.namespace.target.index, []).append(part)
+
+        async def check(item: tuple[int, list[_room.Part]]) -> None:
+            index, parts = item
+            handles = [part.mount.handle for part in parts]
+            slot = index % self._pool.jobs
+            answers, _ = await self._pool.call(slot, "room", handles, target=index, mounts=handles)
+            for part, fields in zip(parts, answers, strict=True):
+                if fields is None:
+                    continue
+                room = Room(*fields)
+                reason = _room.refusal(part, room, self._pool.jobs, keep=self._policy.keep)
+                if reason is not None:
+                    planner.refuse(part.mount.label, _room.no_room(reason))
+
+        await _each(check, list(by_target.items()))
 
 
 async def read_tables(pool: WorkerPool, targets: Sequence[Target]) -> dict[int, MountTable]:

@@ -17,22 +17,27 @@ from collections.abc import Callable
 from typing import Any
 
 from ghostpool import _linux
+from ghostpool._capabilities import ENTER, NEEDED, WORKER, Cap, Capabilities
 from ghostpool._creating import CreateWork
 from ghostpool._directories import Directories
 from ghostpool._failed import Failed, Work
 from ghostpool._mountwork import MountWork
 from ghostpool._opening import OpenWork
-from ghostpool._protocol import MAX_FDS, BlockingChannel, EndOfStream, Report
+from ghostpool._protocol import MAX_FDS, BlockingChannel, EndOfStream, Failure, Report
 from ghostpool._removing import RemoveWork
 
 
 class Worker(Work):
     """State of one worker: descriptors that its coordinator sent or asked it to open."""
 
-    def __init__(self, channel: BlockingChannel, mount_setattr: bool) -> None:
+    def __init__(
+        self, channel: BlockingChannel, mount_setattr: bool, capabilities: Capabilities
+    ) -> None:
         self._channel = channel
+        self._capabilities = capabilities
         self.given: list[int] = []
-        """Descriptors that came with a request besides namespaces and mounts."""
+        """Descriptors that came with a request besides namespaces and mounts: gone with it, but
+        for those that the request takes out of here."""
         self._namespaces: dict[int, int] = {}
         self._current: int | None = None
         self._mounts: dict[int, int] = {}
@@ -41,23 +46,37 @@ class Worker(Work):
         own_fds = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         directories = Directories(self._mounts)
         mounts = MountWork(self._mounts, own_fds, mount_setattr)
-        self._creating = CreateWork(directories, own_fds)
+        creating = CreateWork(directories, own_fds)
+        opening = OpenWork(directories, own_fds)
         # Every request gets a list for the descriptors that go back with its result.
-        self._requests: dict[str, Callable[..., Any]] = {
+        requests: dict[str, Callable[..., Any]] = {
             "ping": lambda _: os.getpid(),
             "mountinfo": mounts.do_mountinfo,
             "open_mounts": mounts.do_open_mounts,
             "clone": mounts.do_clone,
+            "room": mounts.do_room,
             "make_writable": mounts.do_make_writable,
             "make_read_only": mounts.do_make_read_only,
             "look": directories.do_look,
             "forget_directories": directories.do_forget_directories,
-            "create": self._creating.do_create,
-            "place": self._creating.do_place,
-            "open": OpenWork(directories, own_fds).do_open,
+            "create": lambda out, operations: creating.do_create(out, operations, *self.given),
+            "place": creating.do_place,
+            "open": opening.do_open,
+            "open_kept": opening.do_open_kept,
             "remove": RemoveWork(directories).do_remove,
             "finish": _last_words,
         }
+        self._requests = {name: self._limited(name, do) for name, do in requests.items()}
+
+    def _limited(self, name: str, do: Callable[..., Any]) -> Callable[..., Any]:
+        """`do` with the capabilities in effect that this request needs, and no other."""
+        need, needed = self._capabilities.need, NEEDED.get(name, 0)
+
+        def limited(out: list[int], *arguments: Any) -> Any:
+            need(needed)
+            return do(out, *arguments)
+
+        return limited
 
     def serve(self) -> None:
         """Answer requests until the coordinator closes the socket."""
@@ -75,19 +94,19 @@ class Worker(Work):
                 if namespace >= 0 and namespace != self._current:
                     self._enter(namespace)
                 self.given = list(taken)
-                if request == "images":
-                    (self._creating.images,) = self.given
-                    result: Any = ()
-                else:
+                try:
                     result = self._requests[request](out, *arguments)
+                finally:
+                    _linux.close_all(self.given)
+                    self.given = []
                 self._answer(True, result, out)
             except Failed as error:
-                _linux.close_all(out)
-                self._channel.send((False, tuple(error.failure)))
+                self._fail(error.failure, out)
             except OSError as error:
-                _linux.close_all(out)
                 step = getattr(error, "syscall", request)
-                self._channel.send((False, (-1, error.errno or errno.EIO, step, b"", -1, ())))
+                self._fail(Failure(-1, error.errno or errno.EIO, step, b"", -1), out)
+            except Exception as error:  # noqa: BLE001  there is no stderr to let it come out at
+                self._fail(Failure(-1, 0, f"{request}: {error!r}", b"", -1), out)
 
     def _answer(self, ok: bool, result: Any, fds: list[int]) -> None:
         # More descriptors than one frame carries travel ahead, in frames of their own.
@@ -98,7 +117,12 @@ class Worker(Work):
         self._channel.send((ok, result), fds[sent:])
         _linux.close_all(fds)
 
+    def _fail(self, failure: Failure, fds: list[int]) -> None:
+        _linux.close_all(fds)
+        self._channel.send((False, tuple(failure)))
+
     def _enter(self, namespace: int) -> None:
+        self._capabilities.need(ENTER)
         try:
             self._step = "setns"
             _linux.setns(self._namespaces[namespace], _linux.CLONE_NEWNS)
@@ -111,14 +135,18 @@ def _last_words(_: list[int]) -> tuple[int, ...]:
     return tuple(Report(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
-def main(fd: int, mount_setattr: bool) -> None:
-    """Body of a forked worker; returns when the coordinator is gone or done."""
+def main(fd: int, mount_setattr: bool, devices: bool = False) -> None:
+    """Body of a forked worker; returns when the coordinator is gone or done.
+
+    `devices`: the operator allows device ghosts.
+    """
     os.umask(0)
+    # What goes wrong is told through the socket; the user's terminal has no place in a container.
+    os.dup2(0, 2)
     _linux.prctl(_linux.PR_SET_NO_NEW_PRIVS, 1)
-    # The container must not reach our memory or executable through /proc (CVE-2019-5736).
-    _linux.prctl(_linux.PR_SET_DUMPABLE, 0)
     _linux.prctl(_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    capabilities = Capabilities(WORKER | (Cap.MKNOD if devices else 0))
     try:
-        Worker(BlockingChannel(fd), mount_setattr).serve()
+        Worker(BlockingChannel(fd), mount_setattr, capabilities).serve()
     except (EndOfStream, ConnectionError, BrokenPipeError):
         pass

@@ -17,6 +17,7 @@ import ghostpool
 SOURCES = Path(ghostpool.__file__).parent
 
 SCANNED = (
+    "_command",
     "_creating",
     "_directories",
     "_forkserver",
@@ -29,6 +30,7 @@ SCANNED = (
 )
 
 NOT_SCANNED = {
+    "_capabilities": "capset(2) inside one's own sets; a refusal fails the request, or the child",
     "_build": "works in private namespaces, which are gone with it",
     "_buildfiles": "as _build",
     "_buildspec": "no system call",
@@ -49,6 +51,9 @@ EXEMPT = {
     ("_forkserver", "_build_namespaces"): "as _build",
     ("_forkserver", "_reap"): "waitpid(2) of a child that has ended",
     ("_forkserver", "_become"): "closes, and says what went wrong",
+    ("_command", "_execute"): "one step of its caller: execve",
+    ("_command", "refuse_magic_links"): "looks, in a child that has changed nothing",
+    ("_command", "_is_regular"): "as refuse_magic_links",
     ("_guardian", "main"): "before it is told of anything that is owed",
     ("_guardian", "_say"): "nothing depends on what it says",
     ("_journal", "pending"): "of the coordinator, before it changes anything",

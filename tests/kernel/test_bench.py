@@ -188,7 +188,7 @@ def test_a_sloppy_rival_is_noticed(
 
 def test_a_failing_rival_ends_the_run(tmp_path: Path) -> None:
     """A command that fails is an error and no sample: ghosts beyond the limit of descriptors."""
-    command = ["sh", "-c", 'ulimit -n 150; exec "$@"', "sh", sys.executable, "-m", "bench"]
+    command = ["sh", "-c", 'ulimit -n 100; exec "$@"', "sh", sys.executable, "-m", "bench"]
     done = subprocess.run(
         [*command, "--only", "slope", "--rounds", "1", "--ghosts", "2", "60"],
         cwd=CHECKOUT,
@@ -198,7 +198,7 @@ def test_a_failing_rival_ends_the_run(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert "descriptors at once, but the limit is 150" in done.stderr
+    assert "descriptors at once in the coordinator, but the limit is 100" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -560,6 +560,14 @@ def test_plan_says_what_is_refused_and_why() -> None:
     assert sum("--allow-devices" in reason for reason in reasons) == 4
     assert sum("--allow-setuid" in reason for reason in reasons) == 4
     assert len(reasons) == 8
+    privileged = document["privileged"]
+    kinds = [kind.split()[-2:] for entry in privileged for kind in entry["kinds"]]
+    assert sum("device" in words for words in kinds) == 4
+    assert sum(words in (["setuid"], ["setgid"]) for words in kinds) >= 4
+    assert not any(entry["allowed"] for entry in privileged)
+    for entry in privileged:
+        line = f"privileged: {entry['path']}: {' and '.join(entry['kinds'])}, refused"
+        assert line in shown.stdout
     for refusal in document["refusals"]:
         assert f"refused: {refusal['subject']}: {refusal['message']}" in shown.stdout
     assert "can be restored" not in shown.stdout
@@ -567,10 +575,13 @@ def test_plan_says_what_is_refused_and_why() -> None:
     shown, document = planned("02-types", "--allow-devices")
     assert shown.returncode == 2
     assert len(document["refusals"]) == 4
+    assert sum(entry["allowed"] for entry in document["privileged"]) == 4
 
     shown, document = planned("02-types", "--allow-devices", "--allow-setuid")
     assert (shown.returncode, document["refusals"]) == (0, [])
     assert "25 ghosts, 25 opens: can be restored" in shown.stdout
+    assert [{**entry, "allowed": True} for entry in privileged] == document["privileged"]
+    assert shown.stdout.count(", allowed\n") == len(privileged)
 
 
 def test_plan_for_rebuilt_namespaces() -> None:

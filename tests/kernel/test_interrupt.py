@@ -357,48 +357,6 @@ def test_signal_while_commands_run(tmp_path: Path, number: signal.Signals) -> No
 # -- Failures in the middle ---------------------------------------------------------------------
 
 
-def assert_failed(images: Path, mounts: Sequence[Any], *words: str) -> None:
-    """A restore fails with exit status 1 and one line with the words, and is undone."""
-    with live(mounts) as (target,):
-        before = target.snapshot()
-        done = run("restore", "-D", images, "-t", target.pid, "--jobs", 2, "--discard")
-        assert done.status == 1, done
-        assert len(done.err.splitlines()) == 1, done
-        for word in words:
-            assert word in done.err, done
-        after = target.snapshot()
-    assert after.without_directory_times() == before.without_directory_times()
-    assert after != before  # it had begun
-
-
-def test_file_system_is_full(tmp_path: Path) -> None:
-    """Some ghosts fit; they are gone again."""
-    made = ImageSet()
-    made.mount("/")
-    made.mount("/data", flags=0x200001)
-    made.task(1)
-    for number in range(20):
-        made.open(1, 3 + number, f"/data/gone-{number}", ghost=made.ghost(bytes(64 << 10)))
-    mounts = [read_only(2, b"/data", "keep", options="size=512k")]
-    assert_failed(made.write(tmp_path), mounts, "/data", "ENOSPC", "ghost-file-")
-
-
-def test_last_of_several_tasks_fails(tmp_path: Path) -> None:
-    """Its ghost can be made, but not linked: on tmpfs a link takes an inode of the limit."""
-    made = ImageSet()
-    made.mount("/")
-    for number in range(4):
-        made.mount(f"/m{number}", flags=0x200001)
-    for number in range(4):
-        made.task(number + 1)
-        made.open(number + 1, 3, f"/m{number}/gone", ghost=made.ghost(b"content"))
-        made.open(number + 1, 4, f"/m{number}/a/b/gone-2", ghost=made.ghost(b"content"))
-    mounts = [read_only(10 + number, b"/m%d" % number, "keep") for number in range(3)]
-    # The root, the file "keep" and two ghosts.
-    full = read_only(13, b"/m3", "keep", options="mode=755,nr_inodes=4")
-    assert_failed(made.write(tmp_path), [*mounts, full], "/m3", "ENOSPC", "while restoring /m3/")
-
-
 FLAGS = {
     "everything": Attr.RDONLY
     | Attr.NOSUID

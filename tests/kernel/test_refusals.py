@@ -421,8 +421,8 @@ def test_more_files_than_descriptors(tmp_path: Path) -> None:
     with live([DATA]) as (target,):
         before = target.snapshot()
         argv = command("restore", "-D", images, "-t", target.pid, "--discard")
-        done = run_argv(["sh", "-c", 'ulimit -n 200; exec "$@"', "sh", *argv])
-        assert_refused(done, [before], [target], "150 files", "descriptors", "200", "ulimit")
+        done = run_argv(["sh", "-c", 'ulimit -n 170; exec "$@"', "sh", *argv])
+        assert_refused(done, [before], [target], "150 files", "descriptors", "170", "ulimit")
 
 
 # -- Images -------------------------------------------------------------------------------------

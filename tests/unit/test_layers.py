@@ -21,31 +21,32 @@ LAYERS = [
     "_ledger _mountkernel",
     "_guard _mend",
     "_pool testing",
-    "_barrier _lease _plan",
-    "_admission _holders _lease_table _slots",
-    "_planned",
+    "_barrier _lease _memory _plan",
+    "_admission _holders _lease_table _room _slots",
+    "_needs _planned",
     "_match _sandbox",
     "_images _namespaces _process _rundir _targets",
     "_remaps _userns",
     "_filetable _ghostfile",
     "_imagemounts",
-    "_imagefile _launch",
+    "_imagefile _launch _stall",
     "_schema",
     "_model _paths",
     "_forkserver",
-    "_build _descriptors _guardian",
+    "_build _command _guardian",
     "_worker",
-    "_buildfiles _creating _mountwork _opening _removing",
+    "_buildfiles _creating _descriptors _mountwork _opening _removing",
     "_directories _journal",
     "_failed",
     "_protocol",
-    "_buildspec _identity _mountinfo",
+    "_buildspec _capabilities _identity _mountinfo",
     "_errors _linux",
 ]
 CHILD_SIDE = """
-    _forkserver _guardian _build _descriptors _worker
+    _forkserver _guardian _build _command _descriptors _worker
     _buildfiles _creating _mountwork _opening _removing
     _directories _failed _journal _protocol _buildspec _identity _mountinfo
+    _capabilities
 """
 
 
