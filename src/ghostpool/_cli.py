@@ -258,15 +258,19 @@ def run_story(
             anyio.run(until_interrupted, story, timeout, kept, backend="trio")
     except (Interrupted, KeyboardInterrupt):
         report.status = EXIT_INTERRUPTED
-        report.error = RestoreError("interrupted; everything was undone")
-        report.restored = False
+        report.error = RestoreError(f"interrupted; {_after(report)}")
+        report.restored = report.kept
     except TimedOut:
         report.status = EXIT_FAILED
-        report.error = RestoreError(f"not done within {timeout:g} s; everything was undone")
+        report.error = RestoreError(f"not done within {timeout:g} s; {_after(report)}")
     except Exception as error:
         report.status = exit_status(error)
         report.error = error
         log.debug("failed", exc_info=error)
+
+
+def _after(report: Any) -> str:
+    return "all files were restored and are kept" if report.kept else "everything was undone"
 
 
 def check_report_path(path: str | None) -> None:

@@ -17,6 +17,7 @@ import signal
 import stat
 
 from ghostpool import _capabilities, _descriptors, _linux
+from ghostpool._failed import Work
 from ghostpool._linux import Resolve
 from ghostpool._protocol import BlockingChannel
 
@@ -49,25 +50,26 @@ def main(
     # Both objects live until the exec: the end of the first one would close its number, which may
     # be that of a descriptor of the command by then.
     status = first = BlockingChannel(fds[0])
-    step = "setns"
+    work = Work()
     try:
+        work._step = "setns"
         _capabilities.take_up(_capabilities.ENTER)
         _linux.setns(fds[1], _linux.CLONE_NEWNS)
-        step = "capset"
+        work._step = "capset"
         _capabilities.become_command(capabilities)
-        step = "dup2"
+        work._step = "dup2"
         targets = dict(enumerate(fds[2:5]))
         targets.update(zip(numbers, fds[5:], strict=True))
         status = BlockingChannel(_descriptors.place(targets, first.fileno(), soft_limit))
-        step = "setrlimit"
+        work._step = "setrlimit"
         _, hard = resource.getrlimit(resource.RLIMIT_CORE)
         resource.setrlimit(resource.RLIMIT_CORE, (core_limit, hard))
-        step = "exec"
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+        work._step = "execve"
         _execute(argv, environment)
     except OSError as error:
-        status.send((getattr(error, "syscall", step), error.errno))
+        status.send((getattr(error, "syscall", work._step), error.errno))
 
 
 def _execute(argv: list[bytes], environment: dict[bytes, bytes]) -> None:

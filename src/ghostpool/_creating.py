@@ -9,7 +9,7 @@ from typing import Any
 
 from ghostpool import _linux
 from ghostpool._directories import Directories
-from ghostpool._failed import Failed, Mismatch
+from ghostpool._failed import Failed, Mismatch, Work
 from ghostpool._linux import INSIDE
 from ghostpool._protocol import Created, CreateOp, Placed, PlaceOp
 
@@ -17,15 +17,13 @@ _COPY_CHUNK = 1 << 20
 _NEW_NS = 10 * 10**9
 
 
-class CreateWork:
+class CreateWork(Work):
     """Requests that make ghosts. `own_fds` is the worker's /proc/self/fd, the host's."""
 
     def __init__(self, directories: Directories, own_fds: int) -> None:
         self._directories = directories
         self._own_fds = own_fds
         self._images = -1
-        self._step = ""
-        """The system call in progress, for the failure."""
 
     def do_create(
         self, out: list[int], operations: list[tuple[Any, ...]], images: int
@@ -35,8 +33,8 @@ class CreateWork:
         done: list[Any] = []
         for index, fields in enumerate(operations):
             operation = CreateOp(*fields)
-            self._step = "openat2"
             try:
+                self._step = "openat2"
                 done.append(tuple(self._create(operation)))
             except Mismatch as error:
                 raise Failed(
@@ -54,7 +52,6 @@ class CreateWork:
         if kind == stat.S_IFREG:
             return self._create_regular(operation, directory)
         name = operation.name
-        self._step = "mknodat"
         if kind == stat.S_IFDIR:
             self._step = "mkdirat"
             os.mkdir(name, 0o700, dir_fd=directory)
@@ -62,6 +59,7 @@ class CreateWork:
             self._step = "symlinkat"
             os.symlink(operation.target, name, dir_fd=directory)
         else:
+            self._step = "mknodat"
             os.mknod(name, kind | 0o600, operation.rdev, dir_fd=directory)
         try:
             self._step = "openat2"
@@ -69,6 +67,7 @@ class CreateWork:
             flags |= os.O_RDONLY | os.O_DIRECTORY if kind == stat.S_IFDIR else os.O_PATH
             fd = _linux.openat2(directory, name, flags, INSIDE)
             try:
+                self._step = "fstat"
                 status = os.fstat(fd)
                 if not _is_new(status, kind, operation.rdev, os.fstat(directory)):
                     raise Mismatch("identity of the new file")
@@ -85,9 +84,13 @@ class CreateWork:
                 os.close(fd)
             return Created(status.st_dev, status.st_ino)
         except BaseException:
-            remove = os.rmdir if kind == stat.S_IFDIR else os.unlink
             try:
-                remove(name, dir_fd=directory)
+                if kind == stat.S_IFDIR:
+                    self._undo_step = "rmdir"
+                    os.rmdir(name, dir_fd=directory)
+                else:
+                    self._undo_step = "unlinkat"
+                    os.unlink(name, dir_fd=directory)
             except OSError:
                 pass
             raise
@@ -108,12 +111,14 @@ class CreateWork:
                 if operation.times is not None:
                     self._step = "utimensat"
                     os.utime(fd, ns=operation.times)
+                self._step = "fstat"
                 status = os.fstat(fd)
                 return Created(status.st_dev, status.st_ino)
             finally:
                 os.close(fd)
         except BaseException:
             try:
+                self._undo_step = "unlinkat"
                 os.unlink(name, dir_fd=directory)
             except OSError:
                 pass
@@ -155,8 +160,8 @@ class CreateWork:
         done: list[Any] = []
         for index, fields in enumerate(operations):
             operation = PlaceOp(*fields)
-            self._step = "mkdirat"
             try:
+                self._step = "mkdirat"
                 done.append(tuple(self._place(operation)))
             except (Mismatch, OSError) as error:
                 path = b"/".join([operation.directory, *operation.parents, operation.final[0]])
@@ -171,21 +176,24 @@ class CreateWork:
         place = b"/".join([*above, *operation.parents])
         made = self._directories.make(operation.mount, place)
         try:
-            self._step = "renameat2"
+            self._step = "openat2"
             source = self._directories.open(operation.mount, operation.directory)
             to = self._directories.open(operation.mount, place)
             last = len(operation.final) - 1
             for number, name in enumerate(operation.final):
                 try:
+                    self._step = "renameat2"
                     _linux.renameat2(source, operation.name, to, name, _linux.RENAME_NOREPLACE)
                 except FileExistsError:
                     if number == last:
                         raise
                 else:
                     break
+            self._step = "fstatat"
             status = os.stat(name, dir_fd=to, follow_symlinks=False)
             if (status.st_dev, status.st_ino) != (operation.device, operation.inode):
                 # What somebody has put under the temporary name is his, and goes back there.
+                self._step = "renameat2"
                 _linux.renameat2(to, name, source, operation.name, _linux.RENAME_NOREPLACE)
                 raise Mismatch("identity: another file has the temporary name")
             return Placed(number, len(made))

@@ -94,7 +94,7 @@ async def _start(
         what = f"{argv[0]}: {os.strerror(error.errno)}"
         if error.step == "openat2" and error.errno == errno.ELOOP:
             what = f"{argv[0]}: it or its #! interpreter leads through a magic link of /proc"
-        elif error.step not in ("exec", "openat2"):
+        elif error.step not in ("execve", "openat2"):
             what = f"{error.step}: {os.strerror(error.errno)}"
         raise CommandError(
             f"the command can not be started for task {pid} in {target.label}: {what}"

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ghostpool import _linux
+from ghostpool._failed import Work
 from ghostpool._linux import INSIDE
 from ghostpool._protocol import Look
 
@@ -19,7 +20,7 @@ _CACHE = 128
 _PARENT_MODE = 0o755
 
 
-class Directories:
+class Directories(Work):
     """The directories of one worker; `mounts` are its mount roots, by handle."""
 
     def __init__(self, mounts: Mapping[int, int]) -> None:
@@ -35,6 +36,7 @@ class Directories:
         if fd is None:
             if len(self._open) >= _CACHE:
                 os.close(self._open.pop(next(iter(self._open))))
+            self._step = "openat2"
             fd = _linux.openat2(self._mounts[mount], path, os.O_PATH | os.O_DIRECTORY, INSIDE)
             self._open[key] = fd
         return fd
@@ -54,7 +56,9 @@ class Directories:
                 try:
                     self.open(mount, below)
                 except FileNotFoundError:
-                    os.mkdir(component, _PARENT_MODE, dir_fd=self.open(mount, at))
+                    above = self.open(mount, at)
+                    self._step = "mkdirat"
+                    os.mkdir(component, _PARENT_MODE, dir_fd=above)
                     made.append(below)
                     self.open(mount, below)
                 at = below
@@ -70,7 +74,9 @@ class Directories:
             for number, path in enumerate(reversed(paths)):
                 above, _, name = path.rpartition(b"/")
                 try:
-                    os.rmdir(name, dir_fd=self.open(mount, above))
+                    directory = self.open(mount, above)
+                    self._step = "rmdir"
+                    os.rmdir(name, dir_fd=directory)
                 except FileNotFoundError:
                     continue
                 except OSError as error:
@@ -99,16 +105,28 @@ class Directories:
                     break
                 except FileNotFoundError:
                     existing -= 1
-            status = os.stat(fd)
+            self._step = "fstat"
+            status = os.fstat(fd)
         except OSError as error:
             return Look(existing, 0, 0, (), error.errno or errno.EIO, ())
         whole = existing == len(components)
-        taken = tuple(whole and _exists(fd, name) for name in names)
+        taken = tuple(whole and self._exists(fd, name) for name in names)
         alternative = tuple(
-            is_taken and _exists(fd, name + b".cr_link")
+            is_taken and self._exists(fd, name + b".cr_link")
             for name, is_taken in zip(names, taken, strict=True)
         )
         return Look(existing, status.st_dev, status.st_ino, taken, 0, alternative)
+
+    def _exists(self, directory: int, name: bytes) -> bool:
+        try:
+            self._step = "fstatat"
+            os.stat(name, dir_fd=directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            # A name that can not exist (too long) is not taken; linking will say why it fails.
+            return error.errno != errno.ENAMETOOLONG
+        return True
 
     def do_forget_directories(self, _: list[int]) -> None:
         """Drop cached directories, on request."""
@@ -118,14 +136,3 @@ class Directories:
         """Drop cached directories: between planning and acting they may have been replaced."""
         _linux.close_all(self._open.values())
         self._open.clear()
-
-
-def _exists(directory: int, name: bytes) -> bool:
-    try:
-        os.stat(name, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        # A name that can not exist (too long) is not taken; linking will say why it fails.
-        return error.errno != errno.ENAMETOOLONG
-    return True

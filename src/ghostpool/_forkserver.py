@@ -18,12 +18,13 @@ import sys
 from typing import Any
 
 from ghostpool import _build, _buildspec, _capabilities, _command, _guardian, _linux, _worker
+from ghostpool._failed import Work
 from ghostpool._protocol import BlockingChannel, EndOfStream
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-class ForkServer:
+class ForkServer(Work):
     """Forks on request and tells of the ends of its children."""
 
     def __init__(self, channel: BlockingChannel) -> None:
@@ -59,6 +60,7 @@ class ForkServer:
             return
         fds, self._waiting = self._waiting + fds, []
         try:
+            self._step = "fork"
             pid = os.fork()
         except OSError as error:
             # EAGAIN or ENOMEM: the workers that are there go on, and are needed to undo things.
@@ -69,6 +71,7 @@ class ForkServer:
             self._become(kind, arguments, fds)
         _linux.close_all(fds)
         try:
+            self._step = "pidfd_open"
             pidfd = os.pidfd_open(pid)
         except OSError as error:
             os.kill(pid, signal.SIGKILL)

@@ -84,6 +84,9 @@ class Guard:
                     await worker.child.wait()
             if guard._lock_fd >= 0:
                 os.close(guard._lock_fd)
+            else:
+                # A guardian that died while it made the journal: nothing was owed yet.
+                _journal.discard(directory, guard._name)
 
     async def _open_journal(self, plan: Plan, identities: Mapping[MountHandle, int]) -> None:
         token = plan.token.decode()

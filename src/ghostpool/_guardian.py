@@ -51,6 +51,7 @@ class Guardian(Worker):
         (directory,), self.given = self.given, []
         self._journal = JournalFile.create(directory, token, records)
         # The lock belongs to the open file description: it is held until both have closed it.
+        self._step = "dup"
         out.append(os.dup(self._journal.fileno()))
 
     def _owe(self, _: list[int], records: list[tuple[Any, ...]]) -> None:

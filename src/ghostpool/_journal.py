@@ -26,6 +26,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ghostpool import _linux
+from ghostpool._failed import Work
 
 MAGIC = b"ghostpool journal 1\n"
 SUFFIX = ".journal"
@@ -124,7 +125,7 @@ class Debts(dict[Any, Debt]):
             self.pop(key, None)
 
 
-class JournalFile:
+class JournalFile(Work):
     """The open journal of a run, locked; appends to it."""
 
     def __init__(self, directory: int, fd: int, name: str, end: int) -> None:
@@ -140,26 +141,29 @@ class JournalFile:
         OSError: it can not be written, so nothing may be changed.
         """
         name = token + SUFFIX
-        hidden = f".{name}"
+        hidden = _hidden(name)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(hidden, flags, 0o600, dir_fd=directory)
+        journal = cls(directory, -1, name, 0)
+        journal._step = "openat"
+        fd = journal._fd = os.open(hidden, flags, 0o600, dir_fd=directory)
         try:
             # It gets its name only once it is locked: a journal without a lock is a dead run's.
+            journal._step = "flock"
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            journal = cls(directory, fd, name, 0)
             data = MAGIC + b"".join(map(_frame, records))
+            journal._step = "pwrite"
             _linux.write_all(fd, data, 0)
             journal._end = len(data)
+            journal._step = "fdatasync"
             os.fdatasync(fd)
+            journal._step = "renameat"
             os.rename(hidden, name, src_dir_fd=directory, dst_dir_fd=directory)
+            journal._step = "fsync"
             os.fsync(directory)
         except BaseException:
             os.close(fd)
-            for one in (hidden, name):
-                try:
-                    os.unlink(one, dir_fd=directory)
-                except OSError:
-                    pass
+            journal._undo_step = "unlinkat"
+            discard(directory, name)
             raise
         return journal
 
@@ -173,17 +177,21 @@ class JournalFile:
         """
         data = _frame(record)
         try:
+            self._step = "pwrite"
             _linux.write_all(self._fd, data, self._end)
             if sync:
+                self._step = "fdatasync"
                 os.fdatasync(self._fd)
         except OSError:
             # Half a record would end the journal for those that follow it.
+            self._undo_step = "ftruncate"
             os.ftruncate(self._fd, self._end)
             raise
         self._end += len(data)
 
     def remove(self) -> None:
         """Nothing is owed any more."""
+        self._step = "unlinkat"
         remove(self._directory, self._name)
 
 
@@ -200,6 +208,20 @@ def remove(directory: int, name: str) -> None:
     except FileNotFoundError:
         return
     os.fsync(directory)
+
+
+def discard(directory: int, name: str) -> None:
+    """Take away what there is of a journal that may be half made, as far as that is possible."""
+    for one in (_hidden(name), name):
+        try:
+            os.unlink(one, dir_fd=directory)
+        except OSError:
+            pass
+
+
+def _hidden(name: str) -> str:
+    """Its name until it is locked and whole."""
+    return f".{name}"
 
 
 def _frame(record: tuple[Any, ...]) -> bytes:

@@ -10,13 +10,13 @@ import os
 from typing import Any
 
 from ghostpool import _linux
-from ghostpool._failed import Failed
+from ghostpool._failed import Failed, Work
 from ghostpool._linux import Attr
 from ghostpool._mountinfo import parse_line
 from ghostpool._protocol import MountFacts, Room
 
 
-class MountWork:
+class MountWork(Work):
     """Requests about mounts; `mounts` are the worker's mount roots, by handle."""
 
     def __init__(self, mounts: dict[int, int], own_fds: int, mount_setattr: bool) -> None:
@@ -26,6 +26,7 @@ class MountWork:
 
     def do_mountinfo(self, out: list[int]) -> None:
         """A descriptor of this namespace's mount table: it stays that of the time of its open."""
+        self._step = "openat"
         out.append(os.open("../mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._own_fds))
 
     def do_open_mounts(self, out: list[int], points: list[tuple[int, bytes]]) -> list[Any]:
@@ -36,27 +37,29 @@ class MountWork:
         """
         facts: list[Any] = []
         for index, (handle, mountpoint) in enumerate(points):
-            step = "openat2"
             try:
-                root = _linux.openat2(
+                self._step = "openat2"
+                root = self._mounts[handle] = _linux.openat2(
                     _linux.AT_FDCWD,
                     mountpoint,
                     os.O_PATH | os.O_NOFOLLOW,
                     _linux.FROM_ROOT & ~_linux.Resolve.IN_ROOT,
                 )
-                step = "statx"
+                self._step = "statx"
                 identity = _linux.mount_identity(root)
                 facts.append(tuple(MountFacts(identity.mnt_id, identity.unique_id)))
+                self._step = "dup"
+                out.append(os.dup(root))
             except OSError as error:
-                raise Failed(index, error.errno or 0, step, mountpoint, handle, facts) from error
-            out.append(os.dup(root))
-            self._mounts[handle] = root
+                code = error.errno or errno.EIO
+                raise Failed(index, code, self._step, mountpoint, handle, facts) from error
         return facts
 
     def _state(self, fd: int, identity: _linux.MountIdentity) -> tuple[int, bool]:
         """Attributes of the mount at `fd` as they are now, and whether its superblock is ro."""
         if identity.unique_id:
             try:
+                self._step = "statmount"
                 state = _linux.statmount(identity.unique_id)
             except OSError as error:
                 if error.errno not in (errno.ENOSYS, errno.EPERM):
@@ -66,7 +69,9 @@ class MountWork:
         return self._state_of_mountinfo(identity.mnt_id)
 
     def _state_of_mountinfo(self, mnt_id: int) -> tuple[int, bool]:
+        self._step = "openat"
         fd = os.open("../mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._own_fds)
+        self._step = "read"
         with open(fd, "rb") as file:
             for line in file:
                 if line.startswith(b"%d " % mnt_id):
@@ -79,6 +84,7 @@ class MountWork:
         found: list[Any] = []
         for handle in handles:
             try:
+                self._step = "fstatvfs"
                 said = os.fstatvfs(self._mounts[handle])
             except OSError:
                 found.append(None)
@@ -97,20 +103,21 @@ class MountWork:
         """
         results: list[Any] = []
         for live, service in handles:
-            step = "open_tree"
             try:
+                self._step = "open_tree"
                 clone = _linux.open_tree(self._mounts[live], b"", _linux.OPEN_TREE_CLONE)
                 try:
-                    step = "mount_setattr"
                     if not self._mount_setattr:
                         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+                    self._step = "mount_setattr"
                     _linux.mount_setattr(clone, attr_clr=Attr.RDONLY)
+                    self._step = "dup"
                     self._mounts[service] = os.dup(clone)
                 except OSError:
                     os.close(clone)
                     raise
             except OSError as error:
-                results.append((error.errno or errno.EIO, step))
+                results.append((error.errno or errno.EIO, self._step))
             else:
                 out.append(clone)
                 results.append(None)
@@ -124,53 +131,67 @@ class MountWork:
         not have moved to another mount, but the mount may have been taken off since.
         """
         results: list[Any] = []
-        for handle, expected in handles:
-            step = "statx"
+        for index, (handle, expected) in enumerate(handles):
+            changing = False
             try:
                 fd = self._mounts[handle]
+                self._step = "statx"
                 identity = _linux.mount_identity(fd)
                 if expected not in (identity.unique_id, identity.mnt_id):
                     results.append((None, errno.ESTALE, "statx"))
                     continue
-                step = "statmount"
                 attributes, superblock_read_only = self._state(fd, identity)
                 if superblock_read_only:
                     results.append((None, errno.EROFS, "statmount"))
                 elif attributes & Attr.RDONLY:
-                    step = "mount_setattr" if self._mount_setattr else "mount"
                     self._set_read_only(fd, attributes, False)
+                    changing = True
                     results.append((True, self._state(fd, identity)[0]))
                 else:
                     results.append((False, attributes))
             except OSError as error:
-                results.append((None, error.errno or 0, step))
+                code = error.errno or errno.EIO
+                if changing:
+                    # Writable by now: "this one is as it was" would be wrong, so nothing is said
+                    # of any of them, and all will be put back.
+                    raise Failed(index, code, self._step, b"", handle) from error
+                results.append((None, code, self._step))
         return results
 
     def do_make_read_only(self, out: list[int], handles: list[int]) -> list[Any]:
         """Set the read-only bit; per mount None, or a failure (EBUSY: somebody writes)."""
         results: list[Any] = []
         for handle in handles:
-            step = "mount_setattr" if self._mount_setattr else "mount"
-            try:
-                fd = self._mounts[handle]
-                attributes = 0
-                if not self._mount_setattr:
-                    attributes, _ = self._state(fd, _linux.mount_identity(fd))
-                self._set_read_only(fd, attributes, True)
-                results.append(None)
-            except OSError as error:
-                results.append((error.errno or 0, step))
+            failure = self._make_read_only(handle)
+            if failure is not None and failure[0] != errno.EBUSY:
+                # A signal or a shortage of memory passes, and no mount may stay writable for it.
+                failure = self._make_read_only(handle)
+            results.append(failure)
         return results
+
+    def _make_read_only(self, handle: int) -> tuple[int, str] | None:
+        try:
+            fd = self._mounts[handle]
+            attributes = 0
+            if not self._mount_setattr:
+                self._step = "statx"
+                attributes, _ = self._state(fd, _linux.mount_identity(fd))
+            self._set_read_only(fd, attributes, True)
+        except OSError as error:
+            return error.errno or errno.EIO, self._step
+        return None
 
     def _set_read_only(self, fd: int, attributes: int, read_only: bool) -> None:
         if self._mount_setattr:
             bit = int(Attr.RDONLY)
             try:
+                self._step = "mount_setattr"
                 _linux.mount_setattr(fd, attr_set=bit * read_only, attr_clr=bit * (not read_only))
             except OSError as error:
                 if error.errno != errno.ENOSYS:
                     raise
                 self._mount_setattr = False
+                self._step = "statx"
                 attributes, _ = self._state(fd, _linux.mount_identity(fd))
             else:
                 return
@@ -178,10 +199,19 @@ class MountWork:
         # mount; it is reached from the descriptor of the host's /proc, not by the container's.
         wanted = attributes | Attr.RDONLY if read_only else attributes & ~Attr.RDONLY
         flags = _linux.MS_REMOUNT | _linux.MS_BIND | _linux.mount_flags_of(wanted)
+        self._step = "openat"
         here = os.open(".", os.O_PATH | os.O_DIRECTORY)
         try:
+            self._step = "fchdir"
             os.fchdir(self._own_fds)
+            self._step = "mount"
             _linux.mount(None, b"%d" % fd, None, flags)
         finally:
-            os.fchdir(here)
-            os.close(here)
+            try:
+                self._undo_step = "fchdir"
+                os.fchdir(here)
+                os.close(here)
+            except OSError as error:
+                # Not a failure of the change, which may be made: let this worker be taken for
+                # dead, and its work for unknown.
+                raise RuntimeError("the working directory is lost") from error

@@ -9,28 +9,26 @@ from typing import Any
 
 from ghostpool import _linux
 from ghostpool._directories import Directories
-from ghostpool._failed import Failed, Mismatch
+from ghostpool._failed import Failed, Mismatch, Work
 from ghostpool._linux import INSIDE
 from ghostpool._protocol import Opened, OpenOp
 
 
-class OpenWork:
+class OpenWork(Work):
     """Requests that open ghosts. `own_fds` is the worker's /proc/self/fd, the host's."""
 
     def __init__(self, directories: Directories, own_fds: int) -> None:
         self._directories = directories
         self._own_fds = own_fds
-        self._step = ""
-        """The system call in progress, for the failure."""
 
     def do_open(self, out: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
         """Link, open, check, unlink; the descriptors go back in order."""
         done: list[Any] = []
         for index, fields in enumerate(operations):
             operation = OpenOp(*fields)
-            self._step = "openat2"
             path = operation.live_directory + b"/" + operation.names[0]
             try:
+                self._step = "openat2"
                 done.append(tuple(self._open(operation, out)))
             except Mismatch as error:
                 raise Failed(index, 0, str(error), path, operation.live) from error
@@ -59,7 +57,6 @@ class OpenWork:
         try:
             self._step = "openat2"
             link_to = self._directories.open(operation.link, operation.link_directory)
-            self._step = "linkat"
             used = self._link(operation, link_to)
             linked = True
             self._step = "openat2"
@@ -71,9 +68,9 @@ class OpenWork:
             out.append(fd)
             if operation.keep:
                 return Opened(used, ())
-            self._step = "unlinkat"
             # Whoever has put another file there since keeps it.
-            if self._is_ours(operation, link_to, operation.names[used]):
+            if self._has_identity(operation, link_to, operation.names[used]):
+                self._step = "unlinkat"
                 os.unlink(operation.names[used], dir_fd=link_to)
             linked = False
         except BaseException:
@@ -90,6 +87,7 @@ class OpenWork:
         last = len(operation.names) - 1
         for number, name in enumerate(operation.names):
             try:
+                self._step = "linkat"
                 os.link(
                     operation.temp_name,
                     name,
@@ -98,7 +96,7 @@ class OpenWork:
                     follow_symlinks=False,
                 )
             except FileExistsError:
-                if operation.keep and self._is_ours(operation, link_to, name):
+                if operation.keep and self._has_identity(operation, link_to, name):
                     break
                 if number == last:
                     raise
@@ -106,27 +104,27 @@ class OpenWork:
                 break
         return number
 
-    def _is_ours(self, operation: OpenOp, directory: int, name: bytes) -> bool:
-        try:
-            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        except OSError:
-            return False
+    def _has_identity(self, operation: OpenOp, directory: int, name: bytes) -> bool:
+        self._step = "fstatat"
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         return (status.st_dev, status.st_ino) == (operation.device, operation.inode)
 
     def _unlink_own(self, operation: OpenOp, directory: int, name: bytes) -> None:
         """Also if something else had the temporary name when it was linked: it still has that."""
         try:
-            if self._is_ours(operation, directory, name) or self._is_link(
-                operation, directory, name
-            ):
+            self._undo_step = "fstatat"
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            own = (status.st_dev, status.st_ino) == (operation.device, operation.inode)
+            if own or self._is_link(operation, status):
+                self._undo_step = "unlinkat"
                 os.unlink(name, dir_fd=directory)
         except OSError:
             pass
 
-    def _is_link(self, operation: OpenOp, directory: int, name: bytes) -> bool:
+    def _is_link(self, operation: OpenOp, new: os.stat_result) -> bool:
         source = self._directories.open(operation.link, operation.temp_directory)
+        self._undo_step = "fstatat"
         old = os.stat(operation.temp_name, dir_fd=source, follow_symlinks=False)
-        new = os.stat(name, dir_fd=directory, follow_symlinks=False)
         return os.path.samestat(old, new)
 
     def _open_checked(self, operation: OpenOp, directory: int, name: bytes) -> int:
@@ -162,38 +160,47 @@ class OpenWork:
         """Open the file of the expected identity, and no other: opening another one may block for
         ever (a fifo) or set off a device, and tasks of the container can exchange names."""
         path_flags = os.O_PATH | os.O_NOFOLLOW
+        self._step = "openat2"
         if operation.flags & os.O_PATH:
-            return _with_status(_linux.openat2(directory, name, operation.flags, INSIDE))
+            return self._with_status(_linux.openat2(directory, name, operation.flags, INSIDE))
         path_fd = _linux.openat2(directory, name, path_flags, INSIDE)
         helper = -1
         try:
+            self._step = "fstat"
             status = os.fstat(path_fd)
             self._check_identity(operation, status)
             if operation.flags & os.O_NOFOLLOW:
                 # Its flag would refuse the magic link, so it has to be opened by its name.
-                return _with_status(self._open_regular_by_name(operation, directory, name))
+                return self._with_status(self._open_regular_by_name(operation, directory, name))
             own = b"%d" % path_fd
             if is_fifo:
                 # A reader waits for a writer, a writer without a reader is refused: be both.
+                self._step = "openat"
                 helper = os.open(own, os.O_RDWR | os.O_NONBLOCK, dir_fd=self._own_fds)
+            self._step = "openat"
             return os.open(own, operation.flags, dir_fd=self._own_fds), status
         finally:
             os.close(path_fd)
             if helper >= 0:
                 os.close(helper)
 
-    @staticmethod
-    def _open_regular_by_name(operation: OpenOp, directory: int, name: bytes) -> int:
+    def _open_regular_by_name(self, operation: OpenOp, directory: int, name: bytes) -> int:
         flags = operation.flags | os.O_NONBLOCK
+        self._step = "openat2"
         fd = _linux.openat2(directory, name, flags, INSIDE)
         if not operation.flags & os.O_NONBLOCK:
-            os.set_blocking(fd, True)
+            try:
+                self._step = "fcntl"
+                os.set_blocking(fd, True)
+            except OSError:
+                os.close(fd)
+                raise
         return fd
 
-
-def _with_status(fd: int) -> tuple[int, os.stat_result]:
-    try:
-        return fd, os.fstat(fd)
-    except BaseException:
-        os.close(fd)
-        raise
+    def _with_status(self, fd: int) -> tuple[int, os.stat_result]:
+        try:
+            self._step = "fstat"
+            return fd, os.fstat(fd)
+        except BaseException:
+            os.close(fd)
+            raise

@@ -129,8 +129,10 @@ class WorkerPool:
         async with self._locks[slot]:
             worker, self._slots[slot] = self._slots[slot], None
             if worker is not None:
-                self.peak_rss = max(self.peak_rss, await worker.stop() or 0)
-                worker.kill()
+                try:
+                    self.peak_rss = max(self.peak_rss, await worker.stop() or 0)
+                finally:
+                    worker.kill()  # cancelled or not: nobody else knows it any more
 
     async def _worker(self, slot: int) -> Worker:
         async with self._locks[slot]:

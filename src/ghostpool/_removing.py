@@ -10,6 +10,7 @@ from typing import Any
 
 from ghostpool import _linux
 from ghostpool._directories import Directories
+from ghostpool._failed import Work
 from ghostpool._linux import INSIDE
 from ghostpool._protocol import NOTHING, OTHER, REMOVED, Removed, RemoveOp
 
@@ -18,7 +19,7 @@ _TRIES = 200
 """For all names of a request together: a second."""
 
 
-class RemoveWork:
+class RemoveWork(Work):
     """Requests that remove names."""
 
     def __init__(self, directories: Directories) -> None:
@@ -44,29 +45,29 @@ class RemoveWork:
         return done
 
     def _remove(self, operation: RemoveOp) -> Removed:
-        step = "openat2"
         left: list[bytes] = []
         found = NOTHING
         try:
             try:
+                self._step = "openat2"
                 directory = self._directories.open(operation.mount, operation.directory)
-                step = "fstatat"
+                self._step = "fstatat"
                 status = os.stat(operation.name, dir_fd=directory, follow_symlinks=False)
                 own = (status.st_dev, status.st_ino) == (operation.device, operation.inode)
                 found = REMOVED if own or not operation.inode else OTHER
                 if found == REMOVED:
-                    step = "unlinkat"
                     if stat.S_ISDIR(status.st_mode):
                         self._remove_directory(operation)
                     else:
+                        self._step = "unlinkat"
                         os.unlink(operation.name, dir_fd=directory)
             except FileNotFoundError:
                 found = NOTHING
-            step = "rmdir"
             if operation.parents:
+                self._step = "rmdir"
                 left = self._directories.remove(operation.mount, self._parent_paths(operation))
         except OSError as error:
-            return Removed(error.errno or errno.EIO, step, (), found)
+            return Removed(error.errno or errno.EIO, self._step, (), found)
         return Removed(0, "", tuple(left), found)
 
     def _parent_paths(self, operation: RemoveOp) -> list[bytes]:
@@ -76,14 +77,18 @@ class RemoveWork:
 
     def _remove_directory(self, operation: RemoveOp) -> None:
         self._directories.forget()
+        self._step = "openat2"
         directory = self._directories.open(operation.mount, operation.directory)
         if operation.times is not None:
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
             fd = _linux.openat2(directory, operation.name, flags, INSIDE)
             try:
+                self._step = "fstat"
                 status = os.fstat(fd)
                 if (status.st_dev, status.st_ino) == (operation.device, operation.inode):
+                    self._step = "utimensat"
                     _linux.utimens_fd(fd, *operation.times)
             finally:
                 os.close(fd)
+        self._step = "rmdir"
         os.rmdir(operation.name, dir_fd=directory)

@@ -37,6 +37,8 @@ class Report:
     """The plan was without refusals, so every clone that it asks for had been made."""
     restored: bool = False
     """Every ghost was restored and every mount put back, whatever a command said later."""
+    kept: bool = False
+    """The names stay, whatever interrupts the run from now on."""
 
     def document(self) -> dict[str, Any]:
         """The JSON document; docs/report.md describes it."""

@@ -178,8 +178,9 @@ class Restoration:
             await self._open()
             await self._clean()
             self._verify()
-            # Only now are names that are to be kept no longer owed.
-            await self._ledger.settle()
+            # Only now are names that are to be kept no longer owed; it can not be half done.
+            with anyio.move_on_after(UNDO_S, shield=True):
+                await self._ledger.settle()
         except BaseException as error:
             await self._undo(error)
             raise

@@ -112,9 +112,12 @@ class Prepared:
             )
             try:
                 async with restoration.running() as restored:
-                    await stack.aclose()
-                    await self.release_workers()
+                    # All is done: an interruption that comes only now can not undo it.
+                    with anyio.CancelScope(shield=True):
+                        await stack.aclose()
+                        await self.release_workers()
                     self.report.restored = True
+                    self.report.kept = self.request.policy.keep
                     log.info("restored: %d open files", len(restored.fds))
                     yield restored
             finally:

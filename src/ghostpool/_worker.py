@@ -20,14 +20,14 @@ from ghostpool import _linux
 from ghostpool._capabilities import ENTER, NEEDED, WORKER, Cap, Capabilities
 from ghostpool._creating import CreateWork
 from ghostpool._directories import Directories
-from ghostpool._failed import Failed
+from ghostpool._failed import Failed, Work
 from ghostpool._mountwork import MountWork
 from ghostpool._opening import OpenWork
 from ghostpool._protocol import MAX_FDS, BlockingChannel, EndOfStream, Failure, Report
 from ghostpool._removing import RemoveWork
 
 
-class Worker:
+class Worker(Work):
     """State of one worker: descriptors that its coordinator sent or asked it to open."""
 
     def __init__(
@@ -42,6 +42,7 @@ class Worker:
         self._current: int | None = None
         self._mounts: dict[int, int] = {}
         # Opened while "/proc" still is the host's: the way to name a descriptor as a path.
+        self._step = "openat"
         own_fds = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         directories = Directories(self._mounts)
         mounts = MountWork(self._mounts, own_fds, mount_setattr)
@@ -123,9 +124,10 @@ class Worker:
     def _enter(self, namespace: int) -> None:
         self._capabilities.need(ENTER)
         try:
+            self._step = "setns"
             _linux.setns(self._namespaces[namespace], _linux.CLONE_NEWNS)
         except OSError as error:
-            raise Failed(-1, error.errno or 0, "setns", b"", -1) from error
+            raise Failed(-1, error.errno or errno.EIO, self._step, b"", -1) from error
         self._current = namespace
 
 

@@ -37,8 +37,9 @@ LAYERS = [
     "_build _command _guardian",
     "_worker",
     "_buildfiles _creating _descriptors _mountwork _opening _removing",
-    "_directories _failed",
-    "_confine _journal _protocol",
+    "_directories _journal",
+    "_failed",
+    "_confine _protocol",
     "_buildspec _capabilities _identity _mountinfo",
     "_errors _linux",
 ]
