@@ -230,11 +230,15 @@ class Arena:
 
 
 def _walk(directory: int, above: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Every name below, and no symbolic link followed: it may lead to the canary."""
+    """Every name below, and no symbolic link followed: it may lead to the canary.
+
+    Nor into what an attacker has mounted: it is not of this file system.
+    """
+    device = os.fstat(directory).st_dev
     for name in os.listdir(directory):
         status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         yield above + name, status
-        if stat.S_ISDIR(status.st_mode):
+        if stat.S_ISDIR(status.st_mode) and status.st_dev == device:
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
             below = os.open(name, flags, dir_fd=directory)
             try:
