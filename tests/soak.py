@@ -40,7 +40,7 @@ from tests.faults.scenes import (
     Definition,
     standing,
 )
-from tests.matrix import BACKENDS, JOBS, is_enabled
+from tests.matrix import BACKENDS, JOBS
 from tests.support.imagewriter import O_RDWR, ImageSet
 from tests.support.namespaces import _fork
 
@@ -109,7 +109,7 @@ SPACES = st.builds(
 )
 BLOWS = st.builds(
     Blow,
-    fault=st.sampled_from(list(filter(is_enabled, faults_of_call()))),
+    fault=st.sampled_from(list(faults_of_call())),
     call=st.integers(0, 60),
     after=st.booleans(),
     moment_s=st.none() | st.floats(0, MOMENT_S),

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import anyio
 
 from ghostpool import _cli, _deliver, _launch, _linux, _run
-from ghostpool._errors import GhostpoolError, RevertError, leaves
+from ghostpool._errors import GhostpoolError, leaves
 from ghostpool._launch import launch
 from ghostpool._model import NsId
 from ghostpool._planned import Policy
@@ -41,8 +41,6 @@ GONE_S = 20.0
 """Seconds for everything that it started to be gone; the guardian waits for a moment for others."""
 STALL_S = 0.3
 """So long a worker may do nothing at all; a false alarm on a busy machine is undone as well."""
-HAS_STALL = "stall_s" in _run.Request.__dataclass_fields__
-HAS_RECOVER = (Path(_run.__file__).parent / "_recover.py").exists()
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -109,11 +107,11 @@ def run_case(scene: Scene, case: Case, directory: Path, *, again: bool = True) -
     processes = area.processes()
     outcome.steps = list(dict.fromkeys(line for one in processes for line in one.lines))
     wrong = differences(scene, scene.look(), outcome)
-    if HAS_RECOVER and (wrong or _records(run_directory)) and may_need_recover(case, outcome):
+    if (wrong or _records(run_directory)) and may_need_recover(case, outcome):
         _recover(run_directory, outcome)
         outcome.recovered = True
         wrong = differences(scene, scene.look(), outcome)
-    if HAS_RECOVER and (records := _records(run_directory)):
+    if records := _records(run_directory):
         wrong.append(f"the run directory holds {records}")
     outcome.red += wrong
     if wrong or scene.look() != scene.before:
@@ -351,21 +349,18 @@ class _Coordinator:
             if not isinstance(leaf, GhostpoolError):
                 text = "".join(traceback.format_exception(leaf))
                 red.append(f"not an error of ghostpool: {text}")
-            elif isinstance(leaf, RevertError) and not HAS_RECOVER:
-                os.write(2, f"{leaf}\n".encode())
         return " ".join(sorted({type(leaf).__name__ for leaf in found}))
 
     async def _main(self) -> None:
         definition = self._scene.definition
         where = {NsId(n): f"/proc/self/fd/{fd}" for n, fd in self._scene.namespaces.items()}
-        stall: dict[str, Any] = {"stall_s": STALL_S} if HAS_STALL else {}
         request = _run.Request(
             str(self._scene.images),
             2,
             namespaces=where,
             policy=Policy(keep=definition.keep, allow_devices=True),
             mount_setattr=definition.mount_setattr,
-            **stall,
+            stall_s=STALL_S,
         )
         words = list(definition.command)
         deliver = _deliver.commands(words) if words else _deliver.discard
@@ -450,5 +445,4 @@ def faults_of_call() -> Iterator[Fault]:
     for whom in ("worker", "coordinator", "guardian", "forkserver"):
         yield ("kill", whom)
     yield ("kill", "all")
-    if HAS_STALL:
-        yield ("stop",)
+    yield ("stop",)

@@ -15,7 +15,7 @@ from tests.faults.scenes import definitions, standing
 from tests.matrix import Matrix
 from tests.unit.test_layers import CHILD_SIDE
 
-SAMPLE = 45
+SAMPLE = 60
 """One cell out of so many, and never the same one for two steps in a row."""
 
 
