@@ -34,6 +34,7 @@ NOT_SCANNED = {
     "_build": "works in private namespaces, which are gone with it",
     "_buildfiles": "as _build",
     "_buildspec": "no system call",
+    "_confine": "the reader's own: a layer that can not be had is told, and the others hold",
     "_descriptors": "one step of its caller: dup2",
     "_failed": "no system call",
     "_identity": "reads of /proc that a guardian does without",

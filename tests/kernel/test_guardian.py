@@ -33,7 +33,10 @@ def look(fds: list[int]) -> list[object]:
 
 @pytest.mark.parametrize("whom", ["coordinator", "all but the guardian"])
 def test_killed_at_each_step(namespaces: list[int], whom: Whom) -> None:
-    """`all`: the fork server and the workers die with it; only the guardian is left."""
+    """With all but the guardian, the fork server and the workers die too.
+
+    A sample of the steps: tests/kernel/test_matrix.py goes through them all.
+    """
     before = look(namespaces)
     where = own_paths(dict(zip(IDS, namespaces, strict=True)))
     done = coordinate(IMAGES, where)
@@ -41,7 +44,7 @@ def test_killed_at_each_step(namespaces: list[int], whom: Whom) -> None:
     steps = int(done.stdout)
     assert steps >= 30
     undone = 0
-    for step in range(4, steps, 1 if whom == "coordinator" else 3):
+    for step in range(4, steps, 3):
         when = ("before", "after")[step % 2]
         done = coordinate(IMAGES, where, step, when=when, whom=whom)  # type: ignore[arg-type]
         assert done.returncode == -signal.SIGKILL, done.stderr
@@ -50,7 +53,7 @@ def test_killed_at_each_step(namespaces: list[int], whom: Whom) -> None:
         assert journals() == [], (step, when)
         undone += "the run ended abruptly" in done.stderr
     # Most steps lie between the first change and the last.
-    assert undone >= 5
+    assert undone >= 3
 
 
 def test_guardian_killed_at_each_step(namespaces: list[int]) -> None:
@@ -59,12 +62,12 @@ def test_guardian_killed_at_each_step(namespaces: list[int]) -> None:
     where = own_paths(dict(zip(IDS, namespaces, strict=True)))
     steps = int(coordinate(IMAGES, where).stdout)
     failed = 0
-    for step in range(4, steps, 2):
-        when = ("before", "after")[step // 2 % 2]
+    for step in range(4, steps, 5):
+        when = ("before", "after")[step % 2]
         done = coordinate(IMAGES, where, step, when=when, whom="guardian")  # type: ignore[arg-type]
         assert done.returncode in (0, 1), done.stderr
         failed += done.returncode
         assert look(namespaces) == before, (step, when)
         assert wait_for(lambda: not children()), (step, when)
         assert journals() == [], (step, when)
-    assert failed >= 5
+    assert failed >= 2

@@ -63,8 +63,8 @@ def test_everything_killed_at_each_step(namespaces: list[int]) -> None:
     where = own_paths(dict(zip(IDS, namespaces, strict=True)))
     steps = int(coordinate(IMAGES, where).stdout)
     changed = kept = 0
-    for step in range(4, steps, 2):
-        when = ("before", "after")[step // 2 % 2]
+    for step in range(4, steps, 5):
+        when = ("before", "after")[step % 2]
         done = coordinate(IMAGES, where, step, when=when)  # type: ignore[arg-type]
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert wait_for(lambda: not children()), (step, when)
@@ -72,7 +72,7 @@ def test_everything_killed_at_each_step(namespaces: list[int]) -> None:
         if left != before:
             changed += 1
             assert len(journals()) == 1, (step, when)
-            if changed % 4 == 1:
+            if changed % 3 == 1:
                 looked = run("recover", "--dry-run")
                 assert (looked.status, look(namespaces)) == (0, left), looked
         kept += bool(journals())
@@ -80,7 +80,7 @@ def test_everything_killed_at_each_step(namespaces: list[int]) -> None:
         assert recovered.status == 0, (step, when, recovered)
         assert look(namespaces) == before, (step, when)
         assert journals() == [], (step, when)
-    assert changed >= 5
+    assert changed >= 3
     assert kept >= changed
 
 

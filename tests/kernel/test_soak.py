@@ -11,8 +11,8 @@ pytestmark = pytest.mark.needs_mount_ns
 
 def test_a_few_restores() -> None:
     """Whoever breaks the soak itself learns it early."""
-    soak = run_all(12, 1)
-    assert soak.restores == 12
+    soak = run_all(6, 1)
+    assert soak.restores == 6
     assert soak.leftovers == []
 
 
