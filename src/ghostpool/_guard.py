@@ -187,6 +187,7 @@ def _facts(token: str, plan: Plan, identities: Mapping[MountHandle, int]) -> lis
                 mount.root,
                 mount.device,
                 int(mount.attributes),  # no flag: marshal takes nothing but plain values
+                planned.fsid,
             )
         )
     return [

@@ -49,7 +49,9 @@ class Guardian(Worker):
 
     def _open_journal(self, out: list[int], token: str, records: list[tuple[Any, ...]]) -> None:
         (directory,), self.given = self.given, []
-        self._journal = JournalFile.create(directory, token, records)
+        own = os.getpid()
+        who = ("guardian", own, start_time(own))
+        self._journal = JournalFile.create(directory, token, [*records, who])
         # The lock belongs to the open file description: it is held until both have closed it.
         self._step = "dup"
         out.append(os.dup(self._journal.fileno()))

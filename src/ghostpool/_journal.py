@@ -4,9 +4,9 @@
     record := u32 length, u32 CRC-32 of the payload, <length> bytes of marshal (version 4)
 
 One file a run, written by its guardian. A record is a tuple that begins with its kind: `run`,
-`namespace`, `mount` and `process` say who and what is meant in terms that outlive the run, `owe`
-what is about to be changed, `settle` what is undone or was never done. An `owe` reaches the disk
-before the change is asked for; nothing else needs to, because undoing twice is harmless.
+`namespace`, `mount`, `guardian` and `process` say who and what is meant in terms that outlive the
+run, `owe` what is about to be changed, `settle` what is undone or was never done. An `owe` reaches
+the disk before the change is asked for; nothing else needs to, because undoing twice is harmless.
 
 A record that is cut, or whose sum is wrong, ends the journal where it begins: what it would have
 said had not been done yet, or was only the news that something is settled.
@@ -78,10 +78,12 @@ class JournalMount(NamedTuple):
     root: bytes
     device: int
     attributes: int
+    fsid: int
+    """Number of the file system: the device number of one without a disk is used again."""
 
 
 class JournalProcess(NamedTuple):
-    """A worker: as long as it lives, it may be in the middle of a change."""
+    """A worker: as long as it lives, it may be in the middle of a change. Or the guardian."""
 
     pid: int
     start_time: int
@@ -237,6 +239,7 @@ class Journal:
         self.namespaces: dict[int, JournalNamespace] = {}
         self.mounts: dict[int, JournalMount] = {}
         self.processes: list[JournalProcess] = []
+        self.guardian: JournalProcess | None = None
         self.debts = Debts()
         run: JournalRun | None = None
         if not data.startswith(MAGIC):
@@ -253,6 +256,8 @@ class Journal:
                     self.mounts[fields[0]] = JournalMount(*fields)
                 elif kind == "process":
                     self.processes.append(JournalProcess(*fields))
+                elif kind == "guardian":
+                    self.guardian = JournalProcess(*fields)
                 elif kind == "owe":
                     self.debts.owe(fields[0])
                 elif kind == "settle":

@@ -47,7 +47,9 @@ class MountWork(Work):
                 )
                 self._step = "statx"
                 identity = _linux.mount_identity(root)
-                facts.append(tuple(MountFacts(identity.mnt_id, identity.unique_id)))
+                self._step = "fstatvfs"
+                fsid = os.fstatvfs(root).f_fsid
+                facts.append(tuple(MountFacts(identity.mnt_id, identity.unique_id, fsid)))
                 self._step = "dup"
                 out.append(os.dup(root))
             except OSError as error:

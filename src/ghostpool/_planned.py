@@ -44,6 +44,8 @@ class PlannedMount:
     clone: bool
     """A writable private clone serves for creating and cleaning: the mount is read-only. False
     for a read-only mount of which none can be made: then its own lease serves."""
+    fsid: int = 0
+    """Number of its file system, found by the survey; see MountFacts."""
 
     @property
     def service(self) -> MountHandle:

@@ -50,6 +50,8 @@ class MountFacts(NamedTuple):
     mnt_id: int
     unique_id: int
     """0 before Linux 6.8."""
+    fsid: int
+    """A random or stored number of the file system, where it has one: statfs(2). Else 0."""
 
 
 class Look(NamedTuple):

@@ -119,8 +119,12 @@ def forget(directory: int, token: str) -> None:
 async def recover_pending(server: ForkServer, directory: int) -> None:
     """What every command that changes things does first; says in the log what it did."""
     for run in await recover(server, directory):
-        for line in (*run.done, *run.refused):
-            log.warning("left by run %s: %s", run.token, line)
+        for line in run.done:
+            log.info("left by run %s: %s", run.token, line)
+        if run.done:
+            log.warning("left by run %s: undone or gone: %d", run.token, len(run.done))
+        for line in run.refused:
+            log.warning("left by run %s, and not undone: %s", run.token, line)
 
 
 async def recover(
@@ -133,22 +137,36 @@ async def recover(
     runs = []
     for name in _journal.pending(directory):
         try:
-            with _locked(directory, name) as fd:
-                runs.append(await _recover_one(server, directory, name, fd, dry_run))
+            runs.append(await _recover_one(server, directory, name, dry_run))
         except FileNotFoundError:
             continue
+        except (GhostpoolError, OSError) as error:
+            # One that makes trouble does not keep the others from being undone.
+            token = name.removesuffix(_journal.SUFFIX)
+            runs.append(RecoveredRun(token, state="unfinished", refused=[str(error)]))
     if not dry_run:
         _sweep(directory)
     return runs
 
 
 async def _recover_one(
-    server: ForkServer, directory: int, name: str, fd: int | None, dry_run: bool
+    server: ForkServer, directory: int, name: str, dry_run: bool
+) -> RecoveredRun:
+    with _locked(directory, name) as fd:
+        if fd is not None:
+            return await _undo(server, directory, name, fd, dry_run)
+    run = RecoveredRun(name.removesuffix(_journal.SUFFIX), state="alive")
+    if not dry_run and await anyio.to_thread.run_sync(_wake_guardian, directory, name, run):
+        with _locked(directory, name) as fd:
+            if fd is not None:
+                return await _undo(server, directory, name, fd, dry_run)
+    return run
+
+
+async def _undo(
+    server: ForkServer, directory: int, name: str, fd: int, dry_run: bool
 ) -> RecoveredRun:
     run = RecoveredRun(name.removesuffix(_journal.SUFFIX))
-    if fd is None:
-        run.state = "alive"
-        return run
     try:
         journal = Journal(os.pread(fd, os.fstat(fd).st_size, 0))
     except JournalError as error:
@@ -186,6 +204,40 @@ def _after_reboot(journal: Journal) -> Iterator[str]:
 
 
 # -- The dead run's children --------------------------------------------------------------------
+
+
+def _wake_guardian(directory: int, name: str, run: RecoveredRun) -> bool:
+    """Whether a guardian that holds the lock alone has ended, having undone what it could.
+
+    One that was stopped is continued: nobody else can, since its lock keeps us off.
+    """
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        journal = Journal(os.pread(fd, os.fstat(fd).st_size, 0))
+    except JournalError:
+        return False  # it is being written
+    finally:
+        os.close(fd)
+    run.pid, run.begun = journal.run.pid, journal.run.begun
+    if journal.guardian is None or journal.run.pid_namespace != pid_namespace():
+        return False
+    owner = _pidfd(JournalProcess(run.pid, journal.run.start_time))
+    if owner >= 0:
+        os.close(owner)
+        return False
+    guardian = _pidfd(journal.guardian)
+    if guardian < 0:
+        return False
+    try:
+        signal.pidfd_send_signal(guardian, signal.SIGCONT)
+        if _has_ended(guardian, time.monotonic() + DEATH_S):
+            return True
+    except ProcessLookupError:
+        return True
+    finally:
+        os.close(guardian)
+    run.done.append(f"its guardian, process {journal.guardian.pid}, is undoing it")
+    return False
 
 
 def _end_processes(journal: Journal, dry_run: bool) -> bool:
@@ -484,9 +536,11 @@ class _Undoing:
                 handle = MountHandle(self._handles)
                 self._handles += 2
                 try:
-                    await self._open(target, handle, live, text(live.mountpoint))
+                    facts = await self._open(target, handle, live, text(live.mountpoint))
                 except _Left:
                     continue
+                if facts.fsid != mount.fsid or not (facts.fsid or os.major(live.device)):
+                    continue  # another file system has the device number by now, or may have
                 below = relative_to(mount.root.strip(b"/"), root)
                 return _Place(target, live, handle, below)
         raise gone

@@ -97,6 +97,7 @@ class Survey:
             self._pool.labels[planned.handle] = planned.label
             found = MountFacts(*fields)
             self.identities[planned.handle] = found.unique_id or found.mnt_id
+            planned.fsid = found.fsid
             if found.mnt_id != planned.mount.mnt_id:
                 planner.refuse(
                     planned.label,

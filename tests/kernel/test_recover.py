@@ -7,7 +7,9 @@ restore) put things back. What is compared is the kernel's own word: mount table
 from __future__ import annotations
 
 import binascii
+import itertools
 import json
+import marshal
 import os
 import shutil
 import signal
@@ -375,6 +377,67 @@ def test_names_outlive_their_namespace(tmp_path: Path) -> None:
     assert [path.name for path in volume.rglob("*")] == ["d"]
 
 
+def test_another_file_system_with_the_same_numbers(tmp_path: Path) -> None:
+    """Device numbers are used again; the number of the file system itself decides."""
+    volume = tmp_path / "volume"
+    (volume / "d").mkdir(parents=True)
+    data = tmpfs(2, b"/data", external=os.fsencode(volume), attributes=ATTRIBUTES)
+    with live([data, read_only(3, b"/other", "keep")]) as (target,):
+        Scene(target, images(tmp_path / "images")).crash()
+    (name,) = journals()
+    path = run_directory() / name
+    whole = path.read_bytes()
+    (fsid,) = {m.fsid for m in Journal(whole).mounts.values() if m.mountpoint == b"/data"}
+    assert fsid
+    path.write_bytes(_with_record(whole, "mount", lambda m: (*m[:-1], m[-1] ^ 1)))
+    left = sorted(volume.rglob("*"))
+    assert len(left) == 3
+    done = recovered()
+    assert "its namespace is gone" in done.out
+    assert sorted(volume.rglob("*")) == left
+
+
+def _with_record(data: bytes, kind: str, change: Callable[[tuple[Any, ...]], Any]) -> bytes:
+    """The journal with each record of a kind changed, and right sums again."""
+    out = MAGIC
+    for start, end in itertools.pairwise(_record_ends(data)):
+        record = marshal.loads(data[start + 8 : end])
+        payload = marshal.dumps(change(record) if record[0] == kind else record, 4)
+        out += struct.pack("<II", len(payload), binascii.crc32(payload)) + payload
+    return out
+
+
+def test_stopped_guardian(scene: Scene) -> None:
+    """It holds the lock, so nobody else can undo: it is continued, and does it."""
+    code = """
+import os, signal, sys
+from ghostpool._process import Worker
+call = Worker.call
+guardian = None
+async def dying(self, request, *args, **keywords):
+    global guardian
+    result = await call(self, request, *args, **keywords)
+    guardian = self.child.pid if request == "journal" else guardian
+    if request == "make_writable":
+        os.kill(guardian, signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+Worker.call = dying
+from ghostpool._cli import main
+main()
+"""
+    arguments = ["restore", "-D", str(scene.images), "-t", str(scene.target.pid), "--discard"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert wait_for(lambda: len(children()) == 1)
+    assert scene.target.is_writable(b"/data")
+    looked = recovered("--dry-run")
+    assert ": alive" in looked.out
+    recovered()
+    assert wait_for(lambda: not children())
+    scene.assert_as_before()
+
+
 # -- Whose journal it is ------------------------------------------------------------------------
 
 
@@ -420,8 +483,11 @@ def test_after_a_reboot(scene: Scene) -> None:
     (name,) = journals()
     path = run_directory() / name
     kept = path.read_bytes()
-    own = Path("/proc/sys/kernel/random/boot_id").read_text().strip().encode()
-    path.write_bytes(_with(kept, own, b"00000000-0000-4000-8000-000000000000"))
+    own = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    other = "00000000-0000-4000-8000-000000000000"
+    path.write_bytes(
+        _with_record(kept, "run", lambda run: [other if one == own else one for one in run])
+    )
     left = scene.look()
     done = recovered()
     assert "started anew" in done.out
@@ -430,16 +496,6 @@ def test_after_a_reboot(scene: Scene) -> None:
     path.write_bytes(kept)
     recovered()
     scene.assert_as_before()
-
-
-def _with(data: bytes, old: bytes, new: bytes) -> bytes:
-    """The journal with other bytes in its first record, and a right sum again."""
-    at = len(MAGIC)
-    length, _ = struct.unpack_from("<II", data, at)
-    payload = data[at + 8 : at + 8 + length].replace(old, new)
-    assert len(payload) == length
-    head = struct.pack("<II", length, binascii.crc32(payload))
-    return data[:at] + head + payload + data[at + 8 + length :]
 
 
 def test_no_journal(scene: Scene) -> None:

@@ -14,12 +14,13 @@ from ghostpool._journal import MAGIC, Debts, Journal, JournalError, JournalFile
 
 RUN = ("run", "0123456789ab", 17, 1000, 4026531836, "boot", 1_700_000_000)
 NAMESPACE = ("namespace", 0, 4026532100, 12, "mnt:[4026532100] (pid 17)", False, "17")
-MOUNT = ("mount", 0, 0, 1 << 32, 41, b"/data", b"/", 2049, 0x27)
+MOUNT = ("mount", 0, 0, 1 << 32, 41, b"/data", b"/", 2049, 0x27, 77)
 REMOVAL = (1, b"d", b".ghostpool-0123456789ab-1", False, 0, 0, (), None)
 NAMES: tuple[Any, ...] = (("ghost", 1), "names", 0, [REMOVAL], (b"d", 2049, 77))
 OTHER_NAMES: tuple[Any, ...] = (("ghost", 2), "names", 0, [REMOVAL], (b"d", 2049, 77))
 WRITABLE: tuple[Any, ...] = (("mount", 0), "mount", 0, 0, None)
 APPENDED: list[tuple[Any, ...]] = [
+    ("guardian", 19, 1002),
     ("process", 18, 1001),
     ("owe", [NAMES, OTHER_NAMES]),
     ("owe", [WRITABLE]),
@@ -49,11 +50,12 @@ def written(directory: int, records: list[tuple[Any, ...]]) -> bytes:
 
 
 def test_what_is_written_is_read(directory: int) -> None:
-    journal = Journal(written(directory, APPENDED[:5]))
+    journal = Journal(written(directory, APPENDED[:6]))
     assert tuple(journal.run) == RUN[1:]
     assert {n: tuple(found) for n, found in journal.namespaces.items()} == {0: NAMESPACE[1:]}
     assert {n: tuple(found) for n, found in journal.mounts.items()} == {0: MOUNT[1:]}
     assert [tuple(found) for found in journal.processes] == [(18, 1001)]
+    assert journal.guardian == (19, 1002)
     # What was said last is about the latest change, and is undone first.
     assert list(journal.debts) == [("mount", 0), ("ghost", 1)]
     assert tuple(journal.debts["ghost", 1]) == NAMES[1:]
