@@ -14,9 +14,8 @@ from __future__ import annotations
 import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
 from typing import Any, Final, Literal
 
 from ghostpool._errors import ImageError
@@ -84,30 +83,59 @@ _TARGET_MAX: Final = 4095
 # There.
 
 
-def rows_of(images: Images) -> Iterator[tuple[str, Rows]]:
-    """Everything but the name of the directory, in frames of at most BATCH rows."""
-    yield "head", [images.root_namespace, images.own_user_namespace]
-    yield from _batches("mounts", (_mount(m) for table in images.mounts.values() for m in table))
-    yield from _batches("files", (_file(file) for file in images.files.values()))
-    yield from _batches("ghosts", (_ghost(ghost) for ghost in images.ghosts.values()))
-    yield from _batches("extents", _further_extents(images))
-    yield from _batches("remaps", ([r.record, r.origin, r.kind, r.target] for r in images.remaps))
-    tables: dict[int, int] = {}
-    for task in images.tasks:
-        tables.setdefault(id(task.descriptors), len(tables))
-    yield from _batches("descriptors", _descriptors(images, tables))
-    tasks = ([t.pid, t.parent, t.namespace, tables[id(t.descriptors)]] for t in images.tasks)
-    yield from _batches("tasks", tasks)
-    holders = ([h.pid, h.key, h.reg_id] for task in images.tasks for h in task.holders)
-    yield from _batches("holders", holders)
-    yield from _batches("fifos", map(list, images.pending_fifo_bytes.items()))
-    yield from _batches("sockets", map(_plain, images.deleted_sockets))
-    yield "end", []
+class Telling:
+    """Says what is in images while they are still being read, in frames of at most BATCH rows.
+
+    Called with what is known so far: a kind and values of it. `finish` says the rest.
+    """
+
+    def __init__(self, say: Callable[[str, Rows], None]) -> None:
+        self._say = say
+        self._kind = ""
+        self._rows: Rows = []
+
+    def __call__(self, kind: str, values: Iterable[Any]) -> None:
+        if kind != self._kind:
+            self._flush()
+            self._kind = kind
+        row_of = _ROWS.get(kind)
+        for value in values:
+            self._rows.append(value if row_of is None else row_of(value))
+            if len(self._rows) == BATCH:
+                self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._say(self._kind, self._rows)
+            self._rows = []
+
+    def finish(self, images: Images) -> None:
+        """All that comes after the ghosts, and the end."""
+        tables: dict[int, int] = {}
+        for task in images.tasks:
+            tables.setdefault(id(task.descriptors), len(tables))
+        self("extents", _further_extents(images))
+        self("remaps", ([r.record, r.origin, r.kind, r.target] for r in images.remaps))
+        self("descriptors", _descriptors(images, tables))
+        tasks = ([t.pid, t.parent, t.namespace, tables[id(t.descriptors)]] for t in images.tasks)
+        self("tasks", tasks)
+        self("holders", ([h.pid, h.key, h.reg_id] for task in images.tasks for h in task.holders))
+        self("fifos", map(list, images.pending_fifo_bytes.items()))
+        self("sockets", map(_plain, images.deleted_sockets))
+        self._flush()
+        self._say("end", [])
 
 
-def _batches(kind: str, rows: Iterator[Any]) -> Iterator[tuple[str, Rows]]:
-    while batch := list(islice(rows, BATCH)):
-        yield kind, batch
+def rows_of(images: Images) -> list[tuple[str, Rows]]:
+    """All the frames of images that have been read."""
+    frames: list[tuple[str, Rows]] = []
+    telling = Telling(lambda kind, rows: frames.append((kind, rows)))
+    telling("head", (images.root_namespace, images.own_user_namespace))
+    telling("mounts", (mount for table in images.mounts.values() for mount in table))
+    telling("files", images.files.values())
+    telling("ghosts", images.ghosts.values())
+    telling.finish(images)
+    return frames
 
 
 def _plain(value: bytes | str) -> str:
@@ -183,6 +211,14 @@ def _descriptors(images: Images, tables: dict[int, int]) -> Iterator[Rows]:
             done.add(table)
             for row in task.descriptors:
                 yield [table, row.number, row.reg_id, row.close_on_exec, row.fifo]
+
+
+_ROWS: Final[dict[str, Callable[[Any], Rows]]] = {
+    "mounts": _mount,
+    "files": _file,
+    "ghosts": _ghost,
+}
+"""Those kinds whose values are not rows yet."""
 
 
 # And back.
@@ -507,4 +543,14 @@ class Rebuild:
         self._complete_ghosts()
 
 
-__all__ = ["ASK", "BATCH", "KINDS", "LENGTH", "MAX_FRAME", "Nonsense", "Rebuild", "rows_of"]
+__all__ = [
+    "ASK",
+    "BATCH",
+    "KINDS",
+    "LENGTH",
+    "MAX_FRAME",
+    "Nonsense",
+    "Rebuild",
+    "Telling",
+    "rows_of",
+]

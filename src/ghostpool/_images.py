@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
@@ -71,12 +71,21 @@ def read_images(
         return read_source(path, source, limits)
 
 
-def read_source(path: str, source: ImageSource, limits: Limits | None = None) -> Images:
-    """The same for images that need not be in a directory; `path` names them in messages."""
-    return _read(ImageDirectory(path, source, limits or Limits()))
+def read_source(
+    path: str,
+    source: ImageSource,
+    limits: Limits | None = None,
+    told: Callable[[str, Iterable[Any]], None] | None = None,
+) -> Images:
+    """The same for images that need not be in a directory; `path` names them in messages.
+
+    `told` is called with what is known while the rest is being read: "head" (the root namespace,
+    and whether there is an own user namespace), then "mounts", "files" and, many times, "ghosts".
+    """
+    return _read(ImageDirectory(path, source, limits or Limits()), told or (lambda *_: None))
 
 
-def _read(source: ImageDirectory) -> Images:
+def _read(source: ImageDirectory, told: Callable[[str, Iterable[Any]], None]) -> Images:
     inventory = _inventory(source)
     living = _living_tasks(source)
     root = living[0]
@@ -86,8 +95,15 @@ def _read(source: ImageDirectory) -> Images:
     files = read_files(source)
     mounts = _mounts(source, living) if own_mounts else {}
     _check_mount_ids(files, mounts)
+    own_user_namespace = root.ids.user_ns_id != inventory.user_ns_id
+    told("head", (root.ids.mnt_ns_id if own_mounts else HOST_NS, own_user_namespace))
+    told("mounts", chain.from_iterable(mounts.values()))
+    told("files", files.regs.values())
     remaps = read_remaps(source, files)
-    ghosts = read_ghosts(source, remaps, files)
+    ghosts = {}
+    for ghost in read_ghosts(source, remaps, files):
+        ghosts[ghost.id] = ghost
+        told("ghosts", (ghost,))
     check_remapped(remaps, files, mounts)
     tasks = _tasks(source, living, files, remaps, own_mounts)
     return Images(
@@ -98,7 +114,7 @@ def _read(source: ImageDirectory) -> Images:
         ghosts=ghosts,
         mounts=mounts,
         root_namespace=tasks[0].namespace,
-        own_user_namespace=root.ids.user_ns_id != inventory.user_ns_id,
+        own_user_namespace=own_user_namespace,
         pending_fifo_bytes=read_fifo_data(source, files),
         deleted_sockets=tuple(files.deleted_sockets),
     )

@@ -23,7 +23,7 @@ from typing import Any, Final, NoReturn
 
 from ghostpool import _confine
 from ghostpool._errors import ImageError, UnsupportedError
-from ghostpool._imagerows import ASK, LENGTH, MAX_FRAME, Rows, rows_of
+from ghostpool._imagerows import ASK, LENGTH, MAX_FRAME, Rows, Telling
 from ghostpool._images import read_source
 from ghostpool._imagesource import DirectorySource, OpenFile, OpenImage
 from ghostpool._limits import Limits
@@ -127,8 +127,8 @@ def read(said: Said) -> None:
     confined = _confine.confine(fds[0])
     said.say("confined", list(confined))
     source = AskingSource(fds[0], said)
-    for kind, rows in rows_of(read_source(path, source, Limits(size=size))):
-        said.say(kind, rows)
+    telling = Telling(said.say)
+    telling.finish(read_source(path, source, Limits(size=size), telling))
 
 
 def answer(said: Said, work: Callable[[Said], None]) -> None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import anyio
+import anyio.lowlevel
 
 from ghostpool import _linux
 from ghostpool._confine import CPU_S, MEMORY
@@ -115,6 +116,16 @@ class _Conversation:
 
     async def images(self) -> Images:
         """Listen until the last frame."""
+        try:
+            return await self._listen()
+        except TimeoutError:
+            raise ImageError(
+                self._reading.path,
+                None,
+                f"reading the images has hung for {SILENCE_S:g} s: does their storage answer?",
+            ) from None
+
+    async def _listen(self) -> Images:
         with self._socket:
             while not self._rebuild.complete:
                 kind, value = await self._frame()
@@ -123,12 +134,19 @@ class _Conversation:
                 elif kind == "error":
                     raise self._error(value)
                 elif kind == "confined":
-                    log.debug("the reader is confined: root %s, filter %s", *value)
+                    self._confined(value)
                 elif kind == "still":
                     self._total += _STILL_COSTS
                 else:
                     self._rebuild.add([kind, value])
             return self._rebuild.images()
+
+    def _confined(self, layers: list[Any]) -> None:
+        match layers:
+            case [bool() as root, bool() as filtered]:
+                log.debug("the reader is confined: root %s, filter %s", root, filtered)
+            case _:
+                raise self._nonsense()
 
     def _nonsense(self) -> ImageError:
         return ImageError(
@@ -136,6 +154,8 @@ class _Conversation:
         )
 
     async def _frame(self) -> tuple[str, Any]:
+        # Frames that are there already would leave no room for a cancellation, or anybody else.
+        await anyio.lowlevel.checkpoint()
         (length,) = LENGTH.unpack(await self._take(LENGTH.size))
         self._total += length
         if length > MAX_FRAME or self._total > _MAX_TOTAL:
@@ -150,14 +170,7 @@ class _Conversation:
 
     async def _take(self, length: int) -> bytes:
         while len(self._buffer) < length:
-            try:
-                self._buffer += await self._some()
-            except TimeoutError:
-                raise ImageError(
-                    self._reading.path,
-                    None,
-                    f"reading the images has hung for {SILENCE_S:g} s: does their storage answer?",
-                ) from None
+            self._buffer += await self._some()
         taken = bytes(self._buffer[:length])
         del self._buffer[:length]
         return taken

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final, Literal
 
 from ghostpool._errors import ImageError, UnsupportedError
@@ -85,7 +85,7 @@ def _check_links(name: str, remaps: Iterable[Remap], files: FileTable) -> None:
 
 def read_ghosts(
     source: ImageDirectory, remaps: tuple[Remap, ...], files: FileTable
-) -> dict[GhostId, Ghost]:
+) -> Iterator[Ghost]:
     """The ghosts that the remaps lead to, held against what files.img says of them."""
     ghosts: dict[GhostId, Ghost] = {}
     ids = dict.fromkeys(remap.target for remap in remaps if remap.kind == "ghost")
@@ -95,6 +95,7 @@ def read_ghosts(
             continue
         ghost_id = GhostId(remap.target)
         ghost = ghosts.get(ghost_id)
+        new = ghost is None
         if ghost is None:
             ghost = ghosts[ghost_id] = read_ghost(source, ghost_id, referrer=remap.record)
         reg = files.regs[remap.origin]
@@ -103,10 +104,11 @@ def read_ghosts(
         elif reg.mode is not None and reg.mode != ghost.mode:
             problem = f"has mode {ghost.mode:#o}", f"{reg.mode:#o}"
         else:
+            if new:
+                yield ghost
             continue
         where = f"files.img, record {files.records[reg.id]}"
         raise ImageError(ghost.file, 0, f"the ghost {problem[0]}, {where} says {problem[1]}")
-    return ghosts
 
 
 def check_remapped(

@@ -30,7 +30,7 @@ from types import FrameType
 from typing import Any
 
 from ghostpool._errors import ImageError, UnsupportedError
-from ghostpool._imagerows import Rebuild, rows_of
+from ghostpool._imagerows import Rebuild, Telling, rows_of
 from ghostpool._images import read_source
 from ghostpool._limits import Limits
 from tests.fuzz.mutate import Mutator, mutate_rows
@@ -110,20 +110,23 @@ def _made() -> list[dict[str, bytes]]:
 
 def documents(corpus: Sequence[Mapping[str, bytes]]) -> list[list[tuple[str, list[Any]]]]:
     """The frames in which the reader tells of each set."""
-    return [list(rows_of(read_source("images", MemorySource(images)))) for images in corpus]
+    return [rows_of(read_source("images", MemorySource(images))) for images in corpus]
 
 
 def check(images: Mapping[str, bytes]) -> str:
     """Read one input; "" if it gives images, else the refusal. Any other exception is a crash."""
+    frames: list[tuple[str, list[Any]]] = []
+    telling = Telling(lambda kind, rows: frames.append((kind, rows)))
     try:
-        found = read_source("images", MemorySource(images))
+        found = read_source("images", MemorySource(images), None, telling)
     except ImageError as error:
         return f"{error.file}: {error.problem}"
     except UnsupportedError as error:
         return str(error)
     rebuild = Rebuild("images", Limits())
-    for kind, rows in rows_of(found):
-        rebuild.add([kind, rows])
+    telling.finish(found)
+    for frame in frames:
+        rebuild.add(frame)
     assert rebuild.images() == found, "the way through rows changed the images"
     return ""
 

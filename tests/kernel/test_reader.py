@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import struct
@@ -333,6 +334,11 @@ MISBEHAVIOUR = {
     "a number": ("say(3)", "makes no sense"),
     "an unknown frame": ("say('exec', ['true'])", "makes no sense"),
     "an unknown error": ("say('error', ['x', 1])", "makes no sense"),
+    "confined somehow": ("say('confined', ['%s'] * 3)", "makes no sense"),
+    "does not listen": (
+        "while True: say('open', ['x' * 200] * 60)",
+        "has hung for 0.5 s",
+    ),
     "out of memory": ("say('error', ['memory'])", "needs more than 512M of memory"),
     "its own mistake": ("say('error', ['broken', 'KeyError(1)'])", r"failed: KeyError\(1\)"),
     "asks for what is elsewhere": ("say('open', ['../x'])", "makes no sense"),
@@ -350,7 +356,7 @@ def test_a_reader_that_misbehaves(
 ) -> None:
     """One error that says so, and no process is left."""
     monkeypatch.setattr(_reading, "SILENCE_S", 0.5)
-    if kind != "is silent":
+    if kind not in {"is silent", "does not listen"}:
         monkeypatch.setattr(_reading, "SILENCE_S", 20)
     code, expected = MISBEHAVIOUR[kind]
     with impostor(code, tmp_path) as reading, pytest.raises(ImageError, match=expected) as caught:
@@ -374,13 +380,21 @@ def test_what_it_asks_for_is_a_regular_file_of_the_directory(tmp_path: Path) -> 
     assert caught.value.problem == "there"
 
 
-def test_a_cancelled_coordinator_leaves_no_reader(tmp_path: Path) -> None:
+def test_a_cancelled_coordinator_leaves_no_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def story(reading: Reading) -> None:
         with trio.move_on_after(0.2) as scope:
             await read_apart(reading)
         assert scope.cancelled_caught
 
     with impostor("time.sleep(60)", tmp_path) as reading:
+        trio.run(story, reading)
+    # Nor does one that has always something to say keep it from being cancelled.
+    monkeypatch.setattr(_reading, "_STILL_COSTS", 0)
+    flood = "while True: pipe.sendall(10_000 * b'\\x0d\\0\\0\\0[\"still\", []]')"
+    with impostor(flood, tmp_path) as reading:
+        assert select.select([reading.socket], [], [], 20)[0]
         trio.run(story, reading)
 
 

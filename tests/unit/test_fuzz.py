@@ -54,8 +54,8 @@ def test_a_seed_is_a_run() -> None:
 def test_a_mistake_is_found_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that lets another exception through is caught, with the input that did it."""
 
-    def faulty(path: str, source: Any) -> Images:
-        images = read_source(path, source)
+    def faulty(*arguments: Any) -> Images:
+        images = read_source(*arguments)
         if len(images.ghosts) % 2:
             raise KeyError("mistake")
         return images
