@@ -12,6 +12,7 @@ import difflib
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -140,6 +141,9 @@ _CAPABILITIES: dict[str, tuple[Callable[[], str | None], str]] = {
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the capability markers: --strict-markers knows them by this list alone."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell has its background jobs ignore it, and so would every command under test.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, (_, meaning) in _CAPABILITIES.items():
         config.addinivalue_line("markers", f"{name}: the test needs {meaning}")
 
