@@ -1,15 +1,20 @@
 """Make docs/reliability.md: the promise, its limits, and numbers that were measured just now.
 
     python -m tests.reliability [--quick] [--results DIR] --write docs/reliability.md
+    python -m tests.reliability --results DIR --only fuzz
 
 Every part is a command of its own, and its output is shown as it was. A part that does not exist,
 that fails or that finds anything wrong ends this with no report written. As root.
+
+It takes an hour or two, so parts may be run one by one: what lies in DIR is taken, as long as the
+package's sources are the very ones that it was made with.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime as dt
+import hashlib
 import importlib.util
 import json
 import os
@@ -43,6 +48,11 @@ class Part(NamedTuple):
     markdown: bool = False
     """Its output is Markdown itself."""
 
+    @property
+    def name(self) -> str:
+        """In file names, and for --only."""
+        return self.module.removeprefix("tests.")
+
 
 PARTS = (
     Part(
@@ -66,7 +76,8 @@ PARTS = (
     ),
     Part(
         "Fuzz",
-        "Mutated images and archives: no exception but a refusal, bounded memory and time.",
+        "Mutated images, and hostile answers of the process that reads them: no exception but an "
+        "ImageError, at most 256 MiB more of memory, at most a second for each.",
         "tests.fuzz",
         ("--executions", "5000000", "--workers", "2"),
         ("--executions", "20000", "--workers", "2"),
@@ -93,6 +104,15 @@ PARTS = (
         ("-q", "-m", "", "-k", "cut_at_every_byte or truncated_at", "tests"),
         output="--junitxml",
     ),
+    Part(
+        "The guardian",
+        "What being told of every change costs, and how soon after the SIGKILL of a coordinator "
+        "its guardian has undone what it owed.",
+        "bench",
+        ("--only", "guard", "--rounds", "7"),
+        ("--only", "guard", "--rounds", "1", "--quick"),
+        markdown=True,
+    ),
 )
 
 
@@ -110,9 +130,29 @@ def exists(module: str) -> bool:
     )
 
 
+def sources() -> str:
+    """A sum over the package's sources: numbers are worth something for these alone."""
+    sums = [
+        hashlib.sha256(path.read_bytes()).hexdigest() + path.name
+        for path in sorted((TESTS.parent / "src" / "ghostpool").glob("*.py"))
+    ]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def section_of(part: Part, quick: bool, results: Path) -> str:
+    """The section of one part: that which is there, if it is about these sources, or a new one."""
+    kept = results / f"{part.name}.section"
+    about = f"{sources()} {quick}\n"
+    if kept.exists() and (text := kept.read_text(encoding="utf-8")).startswith(about):
+        return text.removeprefix(about)
+    section = run_part(part, quick, results)
+    kept.write_text(about + section, encoding="utf-8")
+    return section
+
+
 def run_part(part: Part, quick: bool, results: Path) -> str:
-    """The section of one part. Missing unless it is green."""
-    file = results / f"{part.module.removeprefix('tests.')}{_suffix(part)}"
+    """Run one part; its section. Missing unless it is green."""
+    file = results / f"{part.name}{_suffix(part)}"
     arguments = part.quick if quick else part.arguments
     command = [sys.executable, "-m", part.module, *arguments]
     begun = time.monotonic()
@@ -180,10 +220,17 @@ def missing_parts(parts: Sequence[Part] = PARTS) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__)
-    parser.add_argument("--write", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the report")
+    parser.add_argument(
+        "--only", choices=[part.name for part in PARTS], help="run this part, into --results"
+    )
     parser.add_argument("--quick", action="store_true", help="a few runs of each part")
     parser.add_argument("--results", type=Path, metavar="DIR", help="keep the parts' results there")
     options = parser.parse_args(arguments)
+    if options.only is None and options.write is None:
+        parser.error("--write FILE, or --only PART with --results DIR")
+    if options.only is not None and options.results is None:
+        parser.error("--only needs --results DIR")
     lacking = missing_parts()
     if lacking:
         print(f"there can be no report: {', '.join(lacking)} missing", file=sys.stderr)
@@ -193,12 +240,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.mkdir(parents=True, exist_ok=True)
         sections = []
         for part in PARTS:
+            if options.only not in (None, part.name):
+                continue
             print(f"{part.title} …", file=sys.stderr, flush=True)
             try:
-                sections.append(run_part(part, options.quick, results))
+                sections.append(section_of(part, options.quick, results))
             except Missing as error:
                 print(f"there can be no report: {error}", file=sys.stderr)
                 return 1
+    if options.write is None or options.only is not None:
+        return 0
     text = TEMPLATE.read_text(encoding="utf-8")
     text = text.replace("{machine}", machine()).replace("{parts}", "\n".join(sections).strip())
     options.write.write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import reliability
-from tests.reliability import Missing, Part, missing_parts, run_part
+from tests.reliability import Missing, Part, missing_parts, run_part, section_of
 
 
 @pytest.fixture
@@ -60,6 +60,20 @@ def test_a_part_that_shows_nothing_is_no_evidence(
 ) -> None:
     with pytest.raises(Missing, match=problem):
         run_part(part(code), False, tmp_path)
+
+
+def test_a_section_is_about_the_sources_that_it_was_made_with(
+    part: Callable[[str], Part], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+import os
+print("made by", os.getpid())
+open(sys.argv[-1].partition("=")[2], "w").write('{"runs": 7}')"""
+    made = part(code)
+    first = section_of(made, False, tmp_path)
+    assert section_of(made, False, tmp_path) == first
+    monkeypatch.setattr(reliability, "sources", lambda: "others")
+    assert section_of(made, False, tmp_path) != first
 
 
 def test_tests_that_were_not_there_are_no_evidence(tmp_path: Path) -> None:
