@@ -79,9 +79,12 @@ def hold(pid: int, request: str) -> Held:
     descriptors = {}
     host = set()
     for number in os.listdir(f"/proc/{pid}/fd"):
-        link = os.readlink(f"/proc/{pid}/fd/{number}")
+        try:
+            link = os.readlink(f"/proc/{pid}/fd/{number}")
+            info = Path(f"/proc/{pid}/fdinfo/{number}").read_text()
+        except FileNotFoundError:
+            continue  # closed a moment after its answer was sent
         descriptors[int(number)] = link
-        info = Path(f"/proc/{pid}/fdinfo/{number}").read_text()
         found = re.search(r"mnt_id:\s+(\d+)", info)
         if found is not None and found[1] in own:
             host.add(link)
