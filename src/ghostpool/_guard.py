@@ -7,6 +7,7 @@ telling it that something is settled is best effort, since undoing twice is harm
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Collection, Hashable, Mapping, Sequence
@@ -18,13 +19,24 @@ import anyio
 from ghostpool import _journal, _linux
 from ghostpool._errors import KernelError, WorkerDied
 from ghostpool._identity import boot_id, pid_namespace, start_time
-from ghostpool._journal import Anchor, JournalMount, JournalNamespace, JournalRun
+from ghostpool._journal import (
+    Anchor,
+    Journal,
+    JournalError,
+    JournalFile,
+    JournalMount,
+    JournalNamespace,
+    JournalRun,
+)
 from ghostpool._model import MountHandle
 from ghostpool._planned import Plan
 from ghostpool._pool import WorkerPool
 from ghostpool._process import STOP_S, Child, ForkServer, Worker, WorkerFailure
 from ghostpool._protocol import RemoveOp
 
+log = logging.getLogger("ghostpool")
+UNDO_S = 10.0
+"""Seconds that a guardian may take to undo what this process can not."""
 Key = tuple[str, int]
 
 
@@ -72,13 +84,18 @@ class Guard:
         guard = cls(worker, pool, directory, plan.token.decode() + _journal.SUFFIX)
         try:
             await guard._open_journal(plan, identities)
+            await guard._watch(server.pid, os.pidfd_open(server.pid))
             await pool.watch_with(guard.watch)
             yield guard
         finally:
             pool.watch_nobody()
             with anyio.CancelScope(shield=True):
-                await guard._close()
-                await worker.stop()
+                if guard._owed and server.dead:
+                    # Nobody here can undo it any more, but the guardian can.
+                    await guard._leave_it_to_the_guardian()
+                else:
+                    await guard._close()
+                    await worker.stop()
                 worker.kill()
                 with anyio.move_on_after(STOP_S):
                     await worker.child.wait()
@@ -111,9 +128,11 @@ class Guard:
         """A worker whose end the guardian must see before it undoes anything."""
         if child.pidfd < 0:
             return  # it has ended already
-        pidfd = os.dup(child.pidfd)
+        await self._watch(child.pid, os.dup(child.pidfd))
+
+    async def _watch(self, pid: int, pidfd: int) -> None:
         try:
-            await self._worker.call("watch", child.pid, fds=[pidfd])
+            await self._worker.call("watch", pid, fds=[pidfd])
         finally:
             os.close(pidfd)
 
@@ -139,23 +158,56 @@ class Guard:
         except WorkerFailure as error:
             raise self._not_written(error) from error
 
-    async def settle(self, keys: Collection[Key] | Literal["names"]) -> None:
-        """These are undone, or were never done; or all names are."""
+    async def settle(self, keys: Collection[Key] | Literal["names"], *, must: bool = False) -> None:
+        """These are undone, or were never done; or all names are.
+
+        With `must` they are to stay: WorkerDied, KernelError if the journal can not be told so.
+        """
         self._owed.difference_update(
             [key for key in self._owed if key[0] != "mount"] if keys == "names" else keys
         )
         try:
-            await self._worker.call("settle", keys if keys == "names" else list(keys))
-        except (WorkerDied, WorkerFailure):
-            pass  # it has nothing to undo then, or finds nothing to do
+            await self._worker.call("settle", keys if keys == "names" else list(keys), must)
+        except WorkerFailure as error:
+            if must:
+                raise self._not_written(error) from error
+        except WorkerDied:
+            if must:
+                raise
+
+    async def _leave_it_to_the_guardian(self) -> None:
+        """As when this process dies: its socket is closed, and it undoes what is owed."""
+        pidfd = os.dup(self._worker.child.pidfd) if self._worker.child.pidfd >= 0 else -1
+        self._worker.let_go()
+        if pidfd < 0:
+            return
+        try:
+            with anyio.move_on_after(UNDO_S):
+                await anyio.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
 
     async def _close(self) -> None:
         """Take the journal away if nothing is owed."""
         try:
             await self._worker.call("close")
         except (WorkerDied, WorkerFailure):
-            if self._lock_fd >= 0 and not self._owed:
-                _journal.remove(self._directory, self._name)
+            if self._lock_fd >= 0:
+                self._close_without_guardian()
+
+    def _close_without_guardian(self) -> None:
+        """It has died, and what was settled since is not in the journal."""
+        if not self._owed:
+            _journal.remove(self._directory, self._name)
+            return
+        try:
+            data = os.pread(self._lock_fd, os.fstat(self._lock_fd).st_size, 0)
+            journal = Journal(data)
+            os.ftruncate(self._lock_fd, journal.end)
+            file = JournalFile(self._directory, self._lock_fd, self._name, journal.end)
+            file.append("settle", [key for key in journal.debts if key not in self._owed])
+        except (OSError, JournalError) as error:
+            log.warning("the journal of this run says too much is owed: %s", error)
 
 
 def _facts(token: str, plan: Plan, identities: Mapping[MountHandle, int]) -> list[Hashable]:

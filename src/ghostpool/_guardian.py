@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from ghostpool import _linux
@@ -28,6 +29,7 @@ WORKERS_S = 5.0
 """Seconds for killed workers to be gone; in uninterruptible sleep they may be longer."""
 BUSY_S = 30.0
 """Seconds that a busy mount is tried again: nobody else will."""
+_BATCH = 256
 _OOM_SCORE = b"-900"
 
 
@@ -61,9 +63,14 @@ class Guardian(Worker):
         self._journal.append("owe", records, sync=True)
         self._debts.owe(records)
 
-    def _settle(self, _: list[int], keys: list[Any] | str) -> None:
+    def _settle(self, _: list[int], keys: list[Any] | str, must: bool = False) -> None:
+        if must:
+            # Names that are to stay: a journal that owed them would have them removed.
+            assert self._journal is not None
+            self._journal.append("settle", keys, sync=True)
         self._debts.settle(keys)
-        self._note("settle", keys)
+        if not must:
+            self._note("settle", keys)
 
     def _watch(self, _: list[int], pid: int) -> None:
         self._workers += self.given
@@ -98,55 +105,82 @@ class Guardian(Worker):
         if self._journal is None:
             return
         owed = len(self._debts)
-        if owed:
-            self._await_workers()
+        all_ended = self._await_workers() if owed else True
+        said: list[str] = []
+        undone: list[Any] = []
         busy: list[Any] = []
-        for key, debt in reversed(self._debts.copy().items()):
+        for keys in self._together():
             try:
-                self._enter(debt.target)
-                if debt.kind == "mount":
-                    if self._revert(debt.what):
-                        self._settle([], [key])
-                    else:
-                        busy.append(key)
-                elif all(not answer[0] for answer in self._requests["remove"]([], debt.what)):
-                    self._settle([], [key])
+                done = self._undo(keys)
             except Exception as error:  # noqa: BLE001  nobody is left to raise it to
-                _say(f"{debt.kind}: {error!r}")
+                said.append(f"{keys[0]}: {error!r}")
+                continue
+            if all_ended:
+                self._settle([], done)
+            undone += done
+            busy += [key for key in keys if key[0] == "mount" and key not in done]
         give_up = time.monotonic() + BUSY_S
         while busy and time.monotonic() < give_up:
             time.sleep(0.05)
-            busy = [key for key in busy if not self._again(key)]
-        left = len(self._debts)
-        if not left:
+            undone += (done := [key for key in busy if self._again(key)])
+            if all_ended:
+                self._settle([], done)
+            busy = [key for key in busy if key not in done]
+        if not self._debts:
             self._journal.remove()
+        if not all_ended:
+            said.append("a worker hangs, and may still do what it was asked for")
+        # The lock is let go of first: nobody may listen, and recover is to be able to work.
+        os.close(self._journal.fileno())
         if owed:
-            advice = ": run ghostpool recover" if left else ""
-            _say(f"the run ended abruptly; undone: {owed - left}, not yet: {left}{advice}")
+            advice = ": run ghostpool recover" if self._debts else ""
+            counts = f"undone: {len(undone)}, not yet: {owed - len(undone)}"
+            said.append(f"the run ended abruptly; {counts}{advice}")
+        for line in said:
+            _say(line)
 
-    def _await_workers(self) -> None:
-        """They die with the fork server, which ends with the coordinator; one may be in a call."""
+    def _together(self) -> Iterator[list[Any]]:
+        """Keys in the order of undoing; names of one target side by side, since a request waits
+        for an exchanged directory once."""
+        batch: list[Any] = []
+        for key in self._debts.undoing():
+            debt = self._debts[key]
+            last = self._debts[batch[-1]] if batch else debt
+            alone = debt.kind == "mount" or last.kind == "mount" or last.target != debt.target
+            if batch and (alone or len(batch) >= _BATCH):
+                yield batch
+                batch = []
+            batch.append(key)
+        if batch:
+            yield batch
+
+    def _undo(self, keys: list[Any]) -> list[Any]:
+        """Undo one mount, or names of one target; those keys that are done."""
+        first = self._debts[keys[0]]
+        self._enter(first.target)
+        if first.kind == "mount":
+            return keys if self._revert(first.what) else []
+        debts = [self._debts[key] for key in keys]
+        operations = [operation for debt in debts for operation in debt.what]
+        answers = iter(self._requests["remove"]([], operations))
+        failed = [sum(next(answers)[0] for _ in debt.what) for debt in debts]
+        return [key for key, errnos in zip(keys, failed, strict=True) if not errnos]
+
+    def _await_workers(self) -> bool:
+        """Whether all have ended; they die with the fork server, and one may be in a call."""
         for pidfd in self._workers:
             try:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             except OSError:
                 pass  # it has ended
         give_up = time.monotonic() + WORKERS_S
-        for pidfd in self._workers:
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            poll.poll(max(0.0, give_up - time.monotonic()) * 1000)
+        return all(_has_ended(pidfd, give_up) for pidfd in self._workers)
 
     def _again(self, key: Any) -> bool:
-        debt = self._debts[key]
         try:
-            self._enter(debt.target)
-            if not self._revert(debt.what):
-                return False
+            return bool(self._undo([key]))
         except Exception:  # noqa: BLE001  tried again, or left to the journal
             return False
-        self._settle([], [key])
-        return True
 
     def _revert(self, handle: int) -> bool:
         """Whether the mount is read-only again, or gone."""
@@ -154,11 +188,21 @@ class Guardian(Worker):
         return answer is None or answer[0] in (errno.EINVAL, errno.ENOENT)
 
 
+def _has_ended(pidfd: int, give_up: float) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(max(0.0, give_up - time.monotonic()) * 1000))
+
+
 def _say(text: str) -> None:
-    try:
-        os.write(2, f"ghostpool: guardian: {text}\n".encode(errors="backslashreplace"))
-    except OSError:
-        pass
+    """To the user's stderr, if somebody reads it: a pipe that is full must not keep us here."""
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    if poll.poll(0) not in ([], [(2, select.POLLERR)], [(2, select.POLLNVAL)]):
+        try:
+            os.write(2, f"ghostpool: guardian: {text}\n".encode(errors="backslashreplace"))
+        except OSError:
+            pass
 
 
 def main(fd: int, mount_setattr: bool) -> None:

@@ -32,3 +32,11 @@ def start_time(pid: int) -> int:
 def pid_namespace() -> int:
     """Inode of the pid namespace that this process numbers processes in."""
     return os.stat("/proc/self/ns/pid").st_ino
+
+
+def is_initial() -> bool:
+    """Whether this process is in the initial pid and user namespaces, where nothing is hidden.
+
+    Their inodes are fixed: PROC_PID_INIT_INO and PROC_USER_INIT_INO of linux/proc_ns.h.
+    """
+    return pid_namespace() == 0xEFFFFFFC and os.stat("/proc/self/ns/user").st_ino == 0xEFFFFFFD

@@ -126,6 +126,19 @@ class Debts(dict[Any, Debt]):
         for key in keys:
             self.pop(key, None)
 
+    def undoing(self) -> list[Any]:
+        """The keys in the order of undoing: last things first, but mounts before all names that do
+        not need them writable, so that nobody who holds names up holds a mount writable."""
+        needing, mounts, others = [], [], []
+        for key, debt in reversed(self.items()):
+            if debt.kind == "mount":
+                mounts.append(key)
+            elif any(("mount", operation[0]) in self for operation in debt.what):
+                needing.append(key)
+            else:
+                others.append(key)
+        return [*needing, *mounts, *others]
+
 
 class JournalFile(Work):
     """The open journal of a run, locked; appends to it."""
@@ -266,13 +279,18 @@ class Journal:
                     raise JournalError(f"it holds a record of an unknown kind, {kind!r}")
         except (TypeError, ValueError, EOFError) as error:
             raise JournalError(f"its record at byte {at} can not be read: {error}") from error
-        if run is None:
-            raise JournalError("it was cut before it says whose it is")
-        self.run = run
         self.end = at
         """Bytes up to the end of the last whole record: where one goes on writing."""
         self.is_cut = at < len(data)
-        """Something follows the last whole record."""
+        """Part of a record follows the last whole one."""
+        if len(data) - at >= _HEAD.size:
+            length, _ = _HEAD.unpack_from(data, at)
+            if at + _HEAD.size + length < len(data):
+                # Not cut, which loses the last record only: what follows may be owed, too.
+                raise JournalError(f"its record at byte {at} is damaged, and more follows")
+        if run is None:
+            raise JournalError("it was cut before it says whose it is")
+        self.run = run
 
 
 def _record(data: bytes, at: int) -> tuple[tuple[Any, ...], int] | None:

@@ -112,11 +112,14 @@ class Ledger:
             self._links.pop(planned.opening.file.id, None)
         await self._guard.settle([("link", planned.opening.file.id) for planned in opens])
 
-    async def settle(self) -> None:
-        """Everything is undone, or has succeeded: what is still there is to stay."""
+    async def settle(self, *, kept: bool = False) -> None:
+        """Everything is undone, or has succeeded: what is still there is to stay.
+
+        `kept`: something is. WorkerDied, KernelError: then the journal must know, and does not.
+        """
+        await self._guard.settle("names", must=kept)
         self._links.clear()
         self._temporaries.clear()
-        await self._guard.settle("names")
 
     async def clear(self, keep: bool = False) -> list[str]:
         """Take all names away, last made first; what was left and why, for people.

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 
 from ghostpool import _linux
+from ghostpool._identity import is_initial
 from ghostpool._journal import JournalNamespace
 from ghostpool._linux import close_all
 from ghostpool._mountinfo import MountTable
@@ -18,12 +19,16 @@ _OWN = "/proc/self/ns/mnt"
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
-def find_namespaces(wanted: Iterable[JournalNamespace]) -> dict[int, int]:
-    """Descriptors, by number, of those of `wanted` that still exist; the caller closes them."""
+def find_namespaces(wanted: Iterable[JournalNamespace]) -> tuple[dict[int, int], bool]:
+    """Descriptors, by number, of those of `wanted` that were found; the caller closes them.
+
+    And whether one that was not found does not exist any more: only if the kernel listed them all.
+    """
     missing = {namespace.inode: namespace for namespace in wanted}
     found: dict[int, int] = {}
+    listing = _Listing()
     try:
-        for walk in (_listed, _reachable):
+        for walk in (listing.walk, _reachable):
             for fd in walk():
                 namespace = missing.get(os.fstat(fd).st_ino)
                 if namespace is None or not _is(fd, namespace):
@@ -32,11 +37,11 @@ def find_namespaces(wanted: Iterable[JournalNamespace]) -> dict[int, int]:
                 found[namespace.number] = fd
                 del missing[namespace.inode]
                 if not missing:
-                    return found
+                    return found, True
     except BaseException:
         close_all(found.values())
         raise
-    return found
+    return found, listing.whole and is_initial()
 
 
 def _is(fd: int, namespace: JournalNamespace) -> bool:
@@ -45,26 +50,33 @@ def _is(fd: int, namespace: JournalNamespace) -> bool:
     return not namespace.unique_id or not unique_id or unique_id == namespace.unique_id
 
 
-def _listed() -> Iterator[int]:
-    """Our own namespace, and all others in the order of their unique ids, both ways."""
-    for back in (False, True):
-        at = os.open(_OWN, _FLAGS)
-        try:
-            while True:
+class _Listing:
+    """The kernel's list of mount namespaces."""
+
+    def __init__(self) -> None:
+        self.whole = False
+        """It was read to the end, both ways."""
+
+    def walk(self) -> Iterator[int]:
+        """Our own namespace, and the others in the order of their unique ids, both ways."""
+        for back in (False, True):
+            at = os.open(_OWN, _FLAGS)
+            try:
                 if not back:
                     yield os.dup(at)
-                try:
-                    following = _linux.next_mount_namespace(at, back=back)
-                except OSError:
-                    return  # an older kernel, or not ours to list
-                if following is None:
-                    break
-                if back:
+                while True:
+                    try:
+                        following = _linux.next_mount_namespace(at, back=back)
+                    except OSError:
+                        return  # an older kernel, or not ours to list
+                    if following is None:
+                        break
                     yield os.dup(following)
+                    os.close(at)
+                    at = following
+            finally:
                 os.close(at)
-                at = following
-        finally:
-            os.close(at)
+        self.whole = True
 
 
 def _reachable() -> Iterator[int]:

@@ -239,6 +239,15 @@ class ForkServer:
         """The fork server itself, then its children."""
         return [self._launched.pid, *self._children]
 
+    @property
+    def pid(self) -> int:
+        return self._launched.pid
+
+    @property
+    def dead(self) -> bool:
+        """It was seen to end before its time: nothing can be forked any more."""
+        return self._dead
+
     async def _listen(self) -> None:
         # Shielded: whoever undoes things after a cancellation needs new workers.
         with self._listening:
@@ -551,6 +560,11 @@ class Worker:
         self.child.signal(signal.SIGKILL)
         _linux.close_all(self._received)
         self._received = []
+        self._channel.close()
+
+    def let_go(self) -> None:
+        """Close its socket and leave it to itself; for the guardian, which has more to do then."""
+        self.alive = False
         self._channel.close()
 
     async def stop(self) -> int | None:

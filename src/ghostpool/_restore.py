@@ -180,7 +180,7 @@ class Restoration:
             self._verify()
             # Only now are names that are to be kept no longer owed; it can not be half done.
             with anyio.move_on_after(UNDO_S, shield=True):
-                await self._ledger.settle()
+                await self._ledger.settle(kept=self._keep)
         except BaseException as error:
             await self._undo(error)
             raise

@@ -41,7 +41,7 @@ from ghostpool._survey import Survey
 from ghostpool._targets import Target, adopt, pin, resolve_namespaces
 
 if TYPE_CHECKING:
-    from ghostpool._recover import RecoveredRun
+    from ghostpool._undoing import RecoveredRun
 
 log = logging.getLogger("ghostpool")
 
@@ -295,5 +295,10 @@ async def run_recover(launched: Launched, directory: int, dry_run: bool) -> list
     """Undo what dead runs owe; `directory` is the run directory."""
     from ghostpool._recover import recover
 
-    async with ForkServer.running(launched) as server:
-        return await recover(server, directory, dry_run=dry_run)
+    soft_limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        async with ForkServer.running(launched) as server:
+            return await recover(server, directory, dry_run=dry_run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard))

@@ -5,14 +5,23 @@ The number of the step runs over all calls to children that a restore makes.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from ghostpool import _linux
 from tests.kernel.test_steps import CASE, IDS, names
 from tests.support.corpus import CORPUS, corpus
 from tests.support.crash import Whom, children, coordinate, journals, own_paths, wait_for
+from tests.support.imagewriter import ImageSet
+from tests.support.live import Live, live, read_only
+from tests.support.live import run as command
 from tests.support.namespaces import built, inside, mountinfo
 from tests.support.truth import specs_from_truth
 
@@ -54,6 +63,103 @@ def test_killed_at_each_step(namespaces: list[int], whom: Whom) -> None:
         undone += "the run ended abruptly" in done.stderr
     # Most steps lie between the first change and the last.
     assert undone >= 3
+
+
+# -- A small scene to be disturbed --------------------------------------------------------------
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Iterator[tuple[Path, Live]]:
+    made = ImageSet()
+    made.mount("/")
+    made.mount("/data", flags=0x200001)
+    made.task(1)
+    for number in range(12):
+        made.open(1, 3 + number, f"/data/d/gone-{number}", ghost=made.ghost(b"content"))
+    with live([read_only(2, b"/data", "d/", "keep")]) as (target,):
+        yield made.write(tmp_path), target
+
+
+EXCHANGE = """
+fd = os.open(where[0].partition("=")[2].replace("ns/mnt", "root/data"), os.O_RDONLY)
+os.rename("d", "aside", src_dir_fd=fd, dst_dir_fd=fd)
+os.symlink("aside", "d", dir_fd=fd)
+"""
+
+
+def test_nobody_can_hold_a_mount_writable_by_its_names(many: tuple[Path, Live]) -> None:
+    """A parent that is exchanged for a link is waited for, but the mount is put back before."""
+    images, target = many
+    seen: list[bool] = []
+
+    def look_often() -> None:
+        while not done.is_set():
+            seen.append(target.is_writable(b"/data"))
+            time.sleep(0.02)
+
+    done = threading.Event()
+    where = {10: f"/proc/{target.pid}/ns/mnt"}
+    watcher = threading.Thread(target=look_often)
+    watcher.start()
+    try:
+        # Its stderr is the guardian's too, so this returns when that has ended.
+        run = coordinate(
+            images, where, 0, kind="make_writable", whom="coordinator", meanwhile=EXCHANGE
+        )
+    finally:
+        done.set()
+        watcher.join()
+    assert run.returncode == -signal.SIGKILL
+    assert "not yet: 12: run ghostpool recover" in run.stderr
+    assert len(seen) >= 20  # it still waits for the names when the mount is back
+    assert seen[-20:] == [False] * 20
+
+    def back() -> None:
+        os.unlink("/data/d")
+        os.rename("/data/aside", "/data/d")
+
+    target.inside(lambda: _writable_for(back))
+    recovered = command("recover")
+    assert recovered.status == 0, recovered
+    assert not target.is_writable(b"/data")
+    assert target.inside(lambda: os.listdir("/data/d")) == []
+    assert journals() == []
+
+
+def _writable_for(function: Callable[[], None]) -> None:
+    fd = os.open("/data", os.O_PATH)
+    _linux.mount_setattr(fd, attr_clr=int(_linux.Attr.RDONLY))
+    function()
+    _linux.mount_setattr(fd, attr_set=int(_linux.Attr.RDONLY))
+
+
+def test_nobody_reads_what_the_guardian_says(many: tuple[Path, Live]) -> None:
+    """Its stderr is a pipe that is full: it undoes everything and ends."""
+    images, target = many
+    reader, writer = os.pipe()
+    try:
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        os.write(writer, bytes(4096))
+        where = {10: str(target.pid)}
+        coordinate(images, where, 0, kind="make_writable", whom="coordinator", stderr=writer)
+        assert wait_for(lambda: not children())
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert not target.is_writable(b"/data")
+    assert journals() == []
+
+
+def test_fork_server_killed(many: tuple[Path, Live]) -> None:
+    """The coordinator has nobody left to undo anything; the guardian does it."""
+    images, target = many
+    run = coordinate(images, {10: str(target.pid)}, 0, kind="make_writable", whom="fork server")
+    assert run.returncode == 1  # of the library's caller, with its traceback
+    assert "RevertError" in run.stderr
+    assert wait_for(lambda: not children())
+    assert not target.is_writable(b"/data")
+    assert target.inside(lambda: os.listdir("/data/d")) == []
+    assert journals() == []
 
 
 def test_guardian_killed_at_each_step(namespaces: list[int]) -> None:

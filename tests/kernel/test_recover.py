@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 import pytest
 
 from ghostpool import _linux
+from ghostpool._buildspec import Node
 from ghostpool._journal import MAGIC, Journal
 from ghostpool._linux import Attr
 from tests.kernel.test_guardian import IMAGES, look
@@ -32,7 +34,7 @@ from tests.support.corpus import corpus
 from tests.support.crash import children, coordinate, journals, own_paths, run_directory, wait_for
 from tests.support.imagewriter import ImageSet
 from tests.support.live import Live, Run, Snapshot, live, process, read_only, run, tmpfs
-from tests.support.namespaces import built, enter
+from tests.support.namespaces import built, enter, mountinfo
 from tests.support.truth import specs_from_truth
 
 pytestmark = pytest.mark.needs_mount_ns
@@ -289,6 +291,39 @@ def test_moved_mount(scene: Scene) -> None:
     assert scene.temporaries() == []
 
 
+@pytest.mark.parametrize("how", ["renamed", "removed"])
+def test_root_that_was_renamed_or_removed(tmp_path: Path, how: str) -> None:
+    """What a bind mount shows is called something else now, or nothing; the mount is the same."""
+    nodes = tuple(Node(path, stat.S_IFDIR | 0o755) for path in (b"/vol/sub", b"/vol/sub/d"))
+    volume = tmpfs(4, b"/vol", nodes=nodes)
+    data = tmpfs(2, b"/data", superblock=4, root=b"/sub", attributes=ATTRIBUTES, source="t4")
+    with live([volume, data, MOUNTS[1]]) as (target,):
+        scene = Scene(target, images(tmp_path / "images"))
+        scene.crash()
+        if how == "renamed":
+            target.inside(lambda: os.rename("/vol/sub", "/vol/other"))
+        else:
+            target.inside(lambda: shutil.rmtree("/vol/sub"))
+        done = recovered()
+        assert "/data in mnt:[" in done.out
+        assert not target.is_writable(rb"/data")
+        assert not target.is_writable(rb"/other")
+        assert scene.temporaries() == []
+
+
+def test_names_on_a_mount_without_a_clone(tmp_path: Path) -> None:
+    """It was put back before the names were gone: it is made writable for them once more."""
+    unbindable = read_only(2, b"/data", "d/", "keep", attributes=ATTRIBUTES, unbindable=True)
+    with live([unbindable, MOUNTS[1]]) as (target,):
+        scene = Scene(target, images(tmp_path / "images"))
+        scene.crash("create")
+        assert target.is_writable(b"/data")
+        assert scene.temporaries()
+        attributes(target, b"/data", add=int(Attr.RDONLY))
+        recovered()
+        scene.assert_as_before()
+
+
 def test_name_that_another_file_has(scene: Scene) -> None:
     """The old name of a ghost is removed only where it is the ghost."""
     scene.crash("open")  # with its answer lost, the names are owed, though they are gone
@@ -362,6 +397,68 @@ def test_namespace_that_only_a_file_keeps(scene: Scene) -> None:
     recovered()
     os.kill(scene.target.pid, signal.SIGCONT)
     scene.assert_as_before()
+
+
+def test_namespace_that_can_not_be_seen(scene: Scene) -> None:
+    """In a pid namespace of its own the command sees none of the others: that is no proof."""
+    scene.crash()
+    for namespaces in (["--pid", "--fork", "--mount-proc"], ["--user", "--map-root-user"]):
+        command = ["unshare", *namespaces, sys.executable, "-m", "ghostpool", "recover"]
+        left = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert left.returncode != 0, left
+        assert "gone" not in left.stdout
+        assert len(journals()) == 1
+        assert scene.target.is_writable(b"/data")
+    recovered()
+    scene.assert_as_before()
+
+
+_BEFORE_6_12 = """
+import sys
+from ghostpool import _linux
+def fail(fd, *, back=False):
+    raise OSError(25, "Inappropriate ioctl for device")
+_linux.next_mount_namespace = fail
+sys.argv = ["ghostpool", "recover"]
+from ghostpool._cli import main
+main()
+"""
+
+
+def test_namespace_that_only_a_descriptor_keeps(tmp_path: Path) -> None:
+    """Before Linux 6.12 nothing leads to it, which is no proof that it is gone."""
+    with live(MOUNTS) as (target,):
+        scene = Scene(target, images(tmp_path / "images"))
+        scene.crash()
+        keep = os.open(f"/proc/{target.pid}/ns/mnt", os.O_RDONLY)
+    try:
+        old = [sys.executable, "-c", _BEFORE_6_12]
+        left = subprocess.run(old, capture_output=True, text=True, check=False)
+        assert left.returncode == 3, left
+        assert "can not be found from here" in left.stdout
+        assert len(journals()) == 1
+        assert "read-only again" in recovered().out
+        assert all(m.read_only for m in mountinfo(keep) if m.mountpoint in (b"/data", b"/other"))
+    finally:
+        os.close(keep)
+
+
+def test_few_descriptors(tmp_path: Path) -> None:
+    """The soft limit of who recovers is not that of the run."""
+    numbers = range(2, 62)
+    made = ImageSet()
+    made.mount("/")
+    made.task(1)
+    for number in numbers:
+        made.mount(f"/m{number}", flags=0x200001)
+        made.open(1, number + 1, f"/m{number}/gone", ghost=made.ghost(b"x"))
+    directory = made.write(tmp_path / "images")
+    with live([read_only(number, b"/m%d" % number, "keep") for number in numbers]) as (target,):
+        scene = Scene(target, directory)
+        scene.crash()
+        command = f"ulimit -Sn 48; exec {sys.executable} -m ghostpool recover"
+        subprocess.run(["sh", "-c", command], check=True, stdout=subprocess.DEVNULL)
+        scene.assert_as_before()
 
 
 def test_names_outlive_their_namespace(tmp_path: Path) -> None:
@@ -566,6 +663,10 @@ def test_sockets_of_dead_servers(scene: Scene) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
         other.bind(str(alive))
         other.listen()
+        recovered()
+        assert len(journals()) == 2  # they may be in the making
+        for path in (dead, alive):
+            os.utime(path, (0, 0))
         recovered()
         assert journals() == [alive.name]
     alive.unlink()

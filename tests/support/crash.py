@@ -18,7 +18,8 @@ import psutil
 
 import ghostpool
 
-Whom = Literal["coordinator", "all but the guardian", "guardian", "everything"]
+Whom = Literal["coordinator", "all but the guardian", "guardian", "everything", "fork server"]
+"""The fork server: it alone, and the coordinator goes on."""
 WITHIN_S = 5.0
 """Generous for a loaded machine; what a guardian takes is milliseconds."""
 
@@ -31,13 +32,19 @@ from ghostpool._planned import Policy
 from ghostpool._process import Worker
 from ghostpool._report import Report
 
-images, kind, number, when, whom, mount_setattr, keep, *where = sys.argv[1:]
+images, kind, number, when, whom, mount_setattr, keep, meanwhile, *where = sys.argv[1:]
 calls = matching = 0
 call = Worker.call
 guardians = set()
 
 def die():
     import psutil
+    exec(meanwhile)
+    if whom == "fork server":
+        for child in psutil.Process().children():
+            if "_forkserver" in " ".join(child.cmdline()):
+                child.kill()
+        return
     for child in psutil.Process().children(recursive=True):
         which = "guardian" if child.pid in guardians else "all but the guardian"
         if whom in (which, "everything"):
@@ -89,17 +96,21 @@ def coordinate(
     whom: Whom = "everything",
     mount_setattr: bool = True,
     keep: bool = False,
+    meanwhile: str = "",
+    stderr: int = subprocess.PIPE,
 ) -> subprocess.CompletedProcess[str]:
     """Restore and discard; die at the `number`-th call, of those of one `kind` if that is given.
 
-    Without `number` it lives, and prints how many calls it made.
+    Without `number` it lives, and prints how many calls it made. `meanwhile` is Python code that
+    is run just before.
     """
     where = [f"{ns}={path}" for ns, path in namespaces.items()]
-    options = ["yes" if mount_setattr else "no", "keep" if keep else ""]
+    options = ["yes" if mount_setattr else "no", "keep" if keep else "", meanwhile]
     arguments = [str(images), kind, str(number), when, whom, *options, *where]
     return subprocess.run(
         [sys.executable, "-c", _COORDINATOR, *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         timeout=60,
         check=False,

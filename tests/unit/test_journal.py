@@ -103,6 +103,22 @@ def test_any_byte_changed(directory: int) -> None:
         assert journal.debts == Journal(whole[: journal.end]).debts
 
 
+def test_damage_in_the_middle(directory: int) -> None:
+    """What follows may be owed, too: that is no journal to act on."""
+    whole = bytearray(written(directory, APPENDED))
+    whole[len(MAGIC) + 20] ^= 1
+    with pytest.raises(JournalError, match="is damaged, and more follows"):
+        Journal(bytes(whole))
+
+
+def test_order_of_undoing() -> None:
+    """Last things first; but names that need their mount writable, then mounts, then the rest."""
+    live_names = (("ghost", 3), "names", 0, [(0, *REMOVAL[1:])], (b"d", 2049, 77))
+    debts = Debts()
+    debts.owe([live_names, NAMES, WRITABLE, OTHER_NAMES])
+    assert debts.undoing() == [("ghost", 3), ("mount", 0), ("ghost", 2), ("ghost", 1)]
+
+
 @pytest.mark.parametrize("data", [b"", b"\0" * 100, MAGIC, MAGIC[:5], b"ghostpool journal 2\n"])
 def test_no_journal(data: bytes) -> None:
     with pytest.raises(JournalError, match=r"begin as a journal|cut before"):

@@ -17,6 +17,7 @@ LAYERS = [
     "_deliver _show",
     "_run",
     "_recover _report _restore _signals",
+    "_undoing",
     "_survey",
     "_ledger _mountkernel",
     "_guard _mend",
