@@ -41,7 +41,7 @@ class PoolMounts:
         self.writable_attributes: dict[MountHandle, int] = {}
         """What the kernel said of each mount right after it was made writable."""
         self._changed: set[MountHandle] = set()
-        """Mounts that we made writable and have not put back."""
+        """Mounts that we made writable, or may have, and have not put back."""
         self._found_writable = {handle for handle in mounts if not mounts[handle].mount.read_only}
         """Mounts that somebody else made writable: never to be made read-only."""
 
@@ -69,6 +69,10 @@ class PoolMounts:
                 )
             except WorkerFailure as error:  # the namespace could not be entered
                 raise kernel_error(error.failure, self._mounts) from error
+            except BaseException:
+                # Found writable the next time, they count as ours.
+                self._changed.update(self._read_only(handles))
+                raise
             for handle, (changed, *rest) in zip(handles, answers, strict=True):
                 if changed is None:
                     results[handle] = self._error(handle, *rest)
@@ -85,6 +89,10 @@ class PoolMounts:
             await self._guard.settle(untouched)
         return [results[handle] for handle in mounts]
 
+    def _read_only(self, mounts: Sequence[MountHandle]) -> list[MountHandle]:
+        """Those that nobody else made writable."""
+        return [handle for handle in mounts if handle not in self._found_writable]
+
     def _error(self, handle: MountHandle, code: int, step: str) -> KernelError:
         advice = {
             errno.ESTALE: "another mount is there since the plan was made",
@@ -99,7 +107,7 @@ class PoolMounts:
         results: dict[MountHandle, Exception | None] = {}
         for handle in mounts:
             log.debug("back to read-only: %s", self._mounts[handle].label)
-        ours = [handle for handle in mounts if handle not in self._found_writable]
+        ours = self._read_only(mounts)
         results.update((handle, None) for handle in self._found_writable.intersection(mounts))
         for target, handles in self._by_target(ours).items():
             try:
@@ -112,7 +120,10 @@ class PoolMounts:
                     results[handle] = None
                 else:
                     results[handle] = await self._revert_error(handle, *answer)
-        await self._guard.settle([_key(handle) for handle in ours if results[handle] is None])
+        put_back = [handle for handle in ours if results[handle] is None]
+        # Writable once more, it is by somebody else's doing, or by a change of ours to come.
+        self._changed.difference_update(put_back)
+        await self._guard.settle([_key(handle) for handle in put_back])
         return [results[handle] for handle in mounts]
 
     async def _revert(

@@ -134,7 +134,8 @@ class WorkerPool:
                 finally:
                     worker.kill()  # cancelled or not: nobody else knows it any more
 
-    async def _worker(self, slot: int) -> Worker:
+    async def _worker(self, slot: int, *, unwatched: bool = False) -> Worker:
+        """The slot's worker. `unwatched`: it is no matter that nobody is left to watch it."""
         async with self._locks[slot]:
             await self._bury(slot)
             worker = self._slots[slot]
@@ -147,7 +148,16 @@ class WorkerPool:
                 self._slots[slot] = worker
                 self.started += 1
                 if self._watch is not None:
-                    await self._watch(worker.child)
+                    try:
+                        await self._watch(worker.child)
+                    except WorkerDied:
+                        # Who watches is dead: the run fails, and is undone by such workers.
+                        if not unwatched:
+                            raise
+                    except BaseException:
+                        self._slots[slot] = None
+                        worker.kill()  # nobody would see its end
+                        raise
             return worker
 
     def _least_shared(self) -> Worker | None:
@@ -238,6 +248,7 @@ class WorkerPool:
         handles = list(mounts)
         for left in reversed(range(INSIST)):
             try:
+                await self._worker(slot, unwatched=True)
                 return await self.call(
                     slot,
                     request,

@@ -136,7 +136,8 @@ class Child:
         self._pidfd = pidfd
         self._ended = anyio.Event()
         self.status: int | None = None
-        """Exit status, negative for a signal; None while it lives."""
+        """Exit status, negative for a signal; None while it lives. Of one that outlived the fork
+        server nobody knows it: SIGKILL then."""
 
     def _end(self, status: int) -> None:
         self.status = status
@@ -155,7 +156,7 @@ class Child:
 
     def signal(self, number: int) -> None:
         """Send a signal through the pidfd, so that a reused pid is never hit."""
-        if self.status is None:
+        if self.status is None and self._pidfd >= 0:
             try:
                 signal.pidfd_send_signal(self._pidfd, number)
             except ProcessLookupError:
@@ -260,8 +261,7 @@ class ForkServer:
             except anyio.EndOfStream:
                 self._dead = True
                 self._answered.set()
-                for child in self._children.values():
-                    child._end(-signal.SIGKILL)
+                await self._see_orphans_end()
                 return
             if message[0] == "forked":
                 child = self._children[message[1]] = Child(message[1], fds[0])
@@ -271,9 +271,23 @@ class ForkServer:
                 self._answers.append(message[1])
                 self._answered.set()
             elif message[0] == "exit":
-                child = self._children.pop(message[1])
-                child._end(message[2])
-                child.close()
+                self._bury(message[1], message[2])
+
+    async def _see_orphans_end(self) -> None:
+        """Nobody tells of ends any more. Workers die with the fork server, but uninterruptible
+        sleep delays that; the guardian and commands live on."""
+        async with anyio.create_task_group() as group:
+            for child in self._children.values():
+                group.start_soon(self._see_end, child)
+
+    async def _see_end(self, child: Child) -> None:
+        await anyio.wait_readable(child.pidfd)
+        self._bury(child.pid, -signal.SIGKILL)
+
+    def _bury(self, pid: int, status: int) -> None:
+        child = self._children.pop(pid)
+        child._end(status)
+        child.close()
 
     async def fork(self, kind: str, *arguments: object, fds: list[int]) -> Child:
         """Fork one child. WorkerDied if the fork server is gone."""

@@ -89,12 +89,12 @@ class Worker(Work):
                 self._namespaces[key] = next(taken)
             for handle in new_mounts:
                 self._mounts[handle] = next(taken)
+            self.given = list(taken)
             out: list[int] = []
             try:
-                if namespace >= 0 and namespace != self._current:
-                    self._enter(namespace)
-                self.given = list(taken)
                 try:
+                    if namespace >= 0 and namespace != self._current:
+                        self._enter(namespace)
                     result = self._requests[request](out, *arguments)
                 finally:
                     _linux.close_all(self.given)

@@ -45,6 +45,9 @@ class FakeKernel(Generic[M]):
         self.calls: list[tuple[Call, tuple[M, ...]]] = []
         """Every call, in the order of their starts."""
         self._found = dict(self.flags)
+        self._ours: set[M] = set()
+        self._others = {mount for mount in self.flags if self.is_writable(mount)}
+        """Writable by somebody else's doing: never made read-only."""
         self._failures: dict[tuple[Call, M], deque[int | Exception]] = defaultdict(deque)
 
     def fail(self, call: Call, mount: M, error: int | Exception) -> None:
@@ -67,9 +70,13 @@ class FakeKernel(Generic[M]):
             if failure is not None:
                 answer.append(failure)
             elif self.is_writable(mount):
+                if mount not in self._ours:
+                    self._others.add(mount)
                 answer.append(False)
             else:
                 self.flags[mount] &= ~_RDONLY
+                self._ours.add(mount)
+                self._others.discard(mount)
                 self.log.append(("rw", mount))
                 answer.append(True)
         await self._leave("make_writable", mounts)
@@ -84,7 +91,10 @@ class FakeKernel(Generic[M]):
                 continue
             failure = self._failure("make_read_only", mount)
             answer.append(failure)
-            if failure is None and self.is_writable(mount) and self._found[mount] & _RDONLY:
+            if failure is not None or mount in self._others:
+                continue
+            self._ours.discard(mount)
+            if self.is_writable(mount):
                 self.flags[mount] |= _RDONLY
                 self.log.append(("ro", mount))
         await self._leave("make_read_only", mounts)

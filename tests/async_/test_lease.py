@@ -246,8 +246,7 @@ async def test_mounts_of_a_dead_worker_are_put_back_in_case_it_had_changed_them(
 
 
 async def test_dead_worker_does_not_cost_a_writable_mount_its_writability() -> None:
-    kernel = dies_at("make_writable", "start")
-    kernel.flags["a"] = kernel._found["a"] = Attr(0)
+    kernel = FakeKernel({"a": 0}, dies_at("make_writable", "start").hook)
     leases = MountLeases(kernel)
     with pytest.raises(WorkerDied, match="the worker died"):
         await hold_once(leases, "a")

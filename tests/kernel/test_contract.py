@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,16 +17,18 @@ from typing import Any, Protocol
 import pytest
 
 from ghostpool import _linux, _mountkernel
+from ghostpool._errors import WorkerDied
 from ghostpool._guard import Guard
 from ghostpool._launch import launch
 from ghostpool._lease import MountKernel
 from ghostpool._linux import Attr
 from ghostpool._model import NsId
 from ghostpool._mountkernel import PoolMounts
+from ghostpool._pool import WorkerPool
 from ghostpool._report import Report
 from ghostpool._run import Request, prepared
 from ghostpool._rundir import open_run_directory
-from ghostpool.testing import FakeKernel
+from ghostpool.testing import Call, FakeKernel, Stage
 from tests.support.imagewriter import ImageSet
 from tests.support.live import Live, live, process, read_only
 from tests.support.namespaces import enter
@@ -59,6 +61,14 @@ class Setting(Protocol):
 
     def unmount(self, name: str) -> None: ...
 
+    def make_writable(self, name: str) -> None:
+        """Somebody else does."""
+        ...
+
+    def losing_answers(self) -> AbstractContextManager[object]:
+        """During the block changes are made, but the kernel's calls raise WorkerDied."""
+        ...
+
 
 class Fake:
     """The fake has no files: a writer is the EBUSY that one causes."""
@@ -79,6 +89,19 @@ class Fake:
 
     def unmount(self, name: str) -> None:
         del self.kernel.flags[name]
+
+    def make_writable(self, name: str) -> None:
+        self.kernel.flags[name] &= ~Attr.RDONLY
+
+    @contextmanager
+    def losing_answers(self) -> Iterator[None]:
+        async def hook(call: Call, stage: Stage, mounts: Sequence[str]) -> None:
+            if stage == "end":
+                raise WorkerDied("lost")
+
+        self.kernel.hook = hook
+        yield
+        self.kernel.hook = None
 
 
 class Real:
@@ -114,6 +137,25 @@ class Real:
     def unmount(self, name: str) -> None:
         mountpoint = b"/" + name.encode()
         self._target(name).inside(lambda: _linux.umount2(mountpoint, _linux.MNT_DETACH))
+
+    def make_writable(self, name: str) -> None:
+        def clear() -> None:
+            root = os.open(f"/{name}", os.O_PATH)
+            _linux.mount_setattr(root, attr_clr=int(Attr.RDONLY))
+
+        self._target(name).inside(clear)
+
+    @contextmanager
+    def losing_answers(self) -> Iterator[None]:
+        original = WorkerPool.call
+
+        async def call(*args: Any, **keywords: Any) -> Any:
+            await original(*args, **keywords)
+            raise WorkerDied("lost")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(WorkerPool, "call", call)
+            yield
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -242,6 +284,31 @@ async def test_writable_mount_is_left_alone(setting: Enter) -> None:
         assert await s.kernel.make_writable(s.mounts("w")) == [False]
         assert await s.kernel.make_read_only(s.mounts("w")) == [None]
         assert found(s)
+
+
+async def test_writable_between_two_leases(setting: Enter) -> None:
+    """By somebody else, after our change was put back: it is theirs, until it is read-only."""
+    async with setting() as s:
+        assert await s.kernel.make_writable(s.mounts("a")) == [True]
+        assert await s.kernel.make_read_only(s.mounts("a")) == [None]
+        s.make_writable("a")
+        assert await s.kernel.make_writable(s.mounts("a")) == [False]
+        assert await s.kernel.make_read_only(s.mounts("a")) == [None]
+        assert s.attributes("a") == WRITABLE["a"]
+        assert found(s, "bcw")
+
+
+async def test_change_whose_answer_was_lost(setting: Enter) -> None:
+    """It counts as ours, also when it is asked for once more."""
+    async with setting() as s:
+        for again in (False, True):
+            with s.losing_answers(), pytest.raises(WorkerDied, match="lost"):
+                await s.kernel.make_writable(s.mounts("aw"))
+            assert s.attributes("a") == WRITABLE["a"]
+            if again:
+                assert await s.kernel.make_writable(s.mounts("aw")) == [False] * 2
+            assert await s.kernel.make_read_only(s.mounts("aw")) == [None] * 2
+            assert found(s)
 
 
 async def test_answers_come_in_order(setting: Enter) -> None:
