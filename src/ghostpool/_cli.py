@@ -270,6 +270,8 @@ def run_story(
 
 
 def _after(report: Any) -> str:
+    if report.delivered:
+        return f"mounts and names are as before, but {report.delivered} tasks were fetched"
     return "all files were restored and are kept" if report.kept else "everything was undone"
 
 
@@ -481,6 +483,8 @@ def recover(
 
     Every restore does this first. Exit status 3 if something is left that needs you.
     """
+    if forget is not None and (dry_run or as_json):
+        raise click.UsageError("--forget excludes --dry-run and --json")
     from ghostpool._launch import launch
     from ghostpool._report import SCHEMA, Report
     from ghostpool._rundir import open_run_directory
@@ -493,7 +497,8 @@ def recover(
         if forget is not None:
             from ghostpool._recover import forget as forget_run
 
-            forget_run(directory, forget)
+            click.echo(printable(forget_run(directory, forget)))
+            os.close(directory)
             return
     except PlanError as error:
         report.status, report.error = EXIT_REFUSED, error
@@ -511,10 +516,20 @@ def recover(
         click.echo(json.dumps(document, indent=2))
     else:
         for run in runs:
-            for line in (f"run {run.token}: {run.state}", *run.done, *run.refused):
+            state = f"would be {run.state}" if dry_run and run.state != "alive" else run.state
+            lines = [f"run {run.token}: {state}", *run.done]
+            lines += [f"not undone: {line}" for line in run.refused]
+            for line in lines:
                 click.echo(printable(line))
+        if not runs:
+            click.echo("nothing to recover")
     if report.error is None and any(run.refused for run in runs):
         report.status = EXIT_NEEDS_USER
+        click.echo(
+            "ghostpool: mend what was not undone and run this again, or drop a run's journal "
+            "with --forget",
+            err=True,
+        )
     finish(report, None)
 
 

@@ -13,6 +13,7 @@ import anyio
 
 from ghostpool._errors import KernelError
 from ghostpool._model import MountHandle, live_of
+from ghostpool._mountinfo import option_names
 from ghostpool._paths import text
 from ghostpool._planned import PlannedMount
 from ghostpool._protocol import Failure
@@ -44,12 +45,20 @@ def left_behind(planned: PlannedMount, path: bytes) -> str:
 
 
 def mend_command(planned: PlannedMount) -> str:
-    """What a user runs to make a mount read-only again, with every other flag restated."""
-    enter = planned.namespace.target.enter
+    """What a user runs to make a planned mount read-only again."""
+    mount = planned.mount
+    return remount_command(planned.namespace.target.enter, mount.mountpoint, mount.attributes)
+
+
+def remount_command(enter: str | None, mountpoint: bytes, attributes: int) -> str:
+    """What a user runs to make a mount read-only again, with every other flag restated.
+
+    `enter` names its namespace, see Target.
+    """
     if enter is None:
         return _NOTHING
-    options = ",".join(["remount", "bind", "ro", *planned.mount.options()[1:]])
-    return f"mount -N {enter} -o {options} {_quoted(planned.mount.mountpoint)}"
+    options = ",".join(["remount", "bind", "ro", *option_names(attributes)[1:]])
+    return f"mount -N {enter} -o {options} {_quoted(mountpoint)}"
 
 
 def recover_command() -> str:

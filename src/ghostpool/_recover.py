@@ -60,15 +60,29 @@ def _locked(directory: int, name: str) -> Iterator[int | None]:
         os.close(fd)
 
 
-def forget(directory: int, token: str) -> None:
-    """Take a dead run's journal away without undoing anything. PlanError: it can not be."""
+def forget(directory: int, token: str) -> str:
+    """Take a dead run's journal away without undoing anything; what it owed, for people.
+
+    PlanError: there is no such journal, or its run is alive.
+    """
+    name = token + _journal.SUFFIX
+    # Of the names that are there: what the user says is never a path.
+    if name not in _journal.pending(directory):
+        raise PlanError(f"no run {token} has a journal here: ghostpool recover lists those that do")
     try:
-        with _locked(directory, token + _journal.SUFFIX) as fd:
+        with _locked(directory, name) as fd:
             if fd is None:
                 raise PlanError(f"run {token} is alive")
-            _journal.remove(directory, token + _journal.SUFFIX)
+            try:
+                debts = Journal(os.pread(fd, os.fstat(fd).st_size, 0)).debts
+                mounts = sum(debt.kind == "mount" for debt in debts.values())
+                owed = f"{mounts} mounts and {len(debts) - mounts} sets of names were still owed"
+            except JournalError as error:
+                owed = f"its journal could not be read: {error}"
+            _journal.remove(directory, name)
     except OSError as error:
-        raise PlanError(f"run {token}: {error.strerror}: ghostpool recover lists them") from error
+        raise PlanError(f"run {token}: {error.strerror}") from error
+    return f"run {token}: forgotten; {owed}"
 
 
 async def recover_pending(server: ForkServer, directory: int) -> None:

@@ -122,6 +122,7 @@ def serve(listener: Listener, announce: Callable[[str], None]) -> Delivery:
 class _Server:
     def __init__(self, run: Prepared, restored: Restored) -> None:
         self._restored = restored
+        self._report = run.report
         self._tasks = {int(planned.task.pid): planned for planned in run.plan.tasks}
         self.owed = {pid for pid, task in self._tasks.items() if restored.of_task(task)}
         """Tasks that have not fetched yet."""
@@ -154,6 +155,7 @@ class _Server:
                         if (await _receive(connection)).get("type") != "ready":
                             raise Refused("expected ready")
                     self.owed.discard(pid)
+                    self._report.delivered += 1
                 await _send(connection, {"type": "released"})
             except Refused as refusal:
                 await _abort(connection, str(refusal))

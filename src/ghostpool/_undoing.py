@@ -19,7 +19,7 @@ import anyio
 from ghostpool import _linux
 from ghostpool._errors import GhostpoolError
 from ghostpool._journal import Anchor, Debt, Journal, JournalFile, JournalMount
-from ghostpool._mend import describe_holders
+from ghostpool._mend import describe_holders, remount_command
 from ghostpool._model import MountHandle, live_of, service_of
 from ghostpool._mountinfo import LiveMount, MountTable, option_names
 from ghostpool._namespaces import find_namespaces
@@ -212,9 +212,13 @@ class Undoing:
             return [f"{label}: is read-only"]
         if live.attributes | _RDONLY != mount.attributes | _RDONLY:
             now, then = (",".join(option_names(a)) for a in (live.attributes, mount.attributes))
-            raise _Left(f"{label}: somebody has changed its options since ({now}, were {then})")
-        if self._file is not None:
-            await self._make_read_only(mount, label)
+            raise _Left(
+                f"{label}: somebody has changed its options since ({now}, were {then}); to put it "
+                f"back: {self._mend_command(mount, live)}"
+            )
+        if self._file is None:
+            return [f"{label}: to be made read-only again, unless somebody keeps it busy"]
+        await self._make_read_only(mount, label)
         return [f"{label}: read-only again"]
 
     async def _make_read_only(self, mount: JournalMount, label: str) -> None:
@@ -238,7 +242,12 @@ class Undoing:
         problem = f"{label} stays writable: {answer[1]}: {os.strerror(answer[0])}"
         if answer[0] == errno.EBUSY:
             problem += "; held for writing by " + await describe_holders(mount.mnt_id)
-        raise _Left(problem)
+        live = await self._live(mount.handle)
+        raise _Left(f"{problem}; to put it back: {self._mend_command(mount, live)}")
+
+    def _mend_command(self, mount: JournalMount, live: LiveMount) -> str:
+        enter = self._journal.namespaces[mount.namespace].enter
+        return remount_command(enter, live.mountpoint, mount.attributes)
 
     # -- names ----------------------------------------------------------------------------------
 
@@ -252,7 +261,7 @@ class Undoing:
         await self._check_anchor(place, anchor, label)
         where = [f"{text(join(o.directory, o.name))} on mount {label}" for o in operations]
         if self._file is None:
-            return [f"{one}: removed if it is there" for one in where]
+            return [f"{one}: to be removed, if it is there" for one in where]
         async with self._service(mount, place, label) as service:
             moved = [
                 operation._replace(mount=service, directory=join(place.below, operation.directory))

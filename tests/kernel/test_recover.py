@@ -159,7 +159,7 @@ def test_says_what_it_did(scene: Scene) -> None:
     assert sum("/data in mnt:[" in line and line.endswith(": read-only again") for line in lines)
     assert sum(".ghostpool-" in line and line.endswith(": removed") for line in lines) == 3
     scene.assert_as_before()
-    assert recovered().out == ""
+    assert recovered().out == "nothing to recover\n"
 
 
 def test_json(scene: Scene) -> None:
@@ -353,10 +353,26 @@ def test_directory_that_was_exchanged(scene: Scene) -> None:
     assert len(scene.temporaries()) == 2
     assert run("recover").status == 3
     token = journals()[0].removesuffix(".journal")
-    assert run("recover", "--forget", token).status == 0
+    forgotten = recovered("--forget", token)
+    assert forgotten.out.startswith(f"run {token}: forgotten; 0 mounts and ")
     assert journals() == []
     unknown = run("recover", "--forget", token)
     assert (unknown.status, unknown.err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["../outside", "inside/../../outside", "/outside", ".hidden", ""])
+def test_forgetting_takes_no_path(name: str) -> None:
+    """Only what is a journal of the run directory can be forgotten."""
+    outside = run_directory().parent / "outside.journal"
+    outside.write_text("somebody's")
+    try:
+        done = run("recover", "--forget", name)
+        assert (done.status, done.err.count("\n")) == (2, 1), done
+        assert outside.read_text() == "somebody's"
+    finally:
+        outside.unlink()
+    for option in ("--dry-run", "--json"):
+        assert run("recover", "--forget", "0123456789ab", option).status == 2
 
 
 def test_busy_mount(scene: Scene) -> None:
