@@ -156,13 +156,13 @@ class JournalFile(Work):
         OSError: it can not be written, so nothing may be changed.
         """
         name = token + SUFFIX
-        hidden = _hidden(name)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         journal = cls(directory, -1, name, 0)
         journal._step = "openat"
-        fd = journal._fd = os.open(hidden, flags, 0o600, dir_fd=directory)
+        # Without a name until it is locked and whole: a journal without a lock is a dead run's.
+        fd = journal._fd = os.open(
+            ".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=directory
+        )
         try:
-            # It gets its name only once it is locked: a journal without a lock is a dead run's.
             journal._step = "flock"
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             data = MAGIC + b"".join(map(_frame, records))
@@ -171,8 +171,9 @@ class JournalFile(Work):
             journal._end = len(data)
             journal._step = "fdatasync"
             os.fdatasync(fd)
-            journal._step = "renameat"
-            os.rename(hidden, name, src_dir_fd=directory, dst_dir_fd=directory)
+            journal._step = "linkat"
+            # By its magic link: AT_EMPTY_PATH would take CAP_DAC_READ_SEARCH.
+            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)
             journal._step = "fsync"
             os.fsync(directory)
         except BaseException:
@@ -212,8 +213,7 @@ class JournalFile(Work):
 
 def pending(directory: int) -> list[str]:
     """Names of the journals in a run directory, of living runs too."""
-    names = os.listdir(directory)
-    return sorted(name for name in names if name.endswith(SUFFIX) and name[0] != ".")
+    return sorted(name for name in os.listdir(directory) if name.endswith(SUFFIX))
 
 
 def remove(directory: int, name: str) -> None:
@@ -226,17 +226,11 @@ def remove(directory: int, name: str) -> None:
 
 
 def discard(directory: int, name: str) -> None:
-    """Take away what there is of a journal that may be half made, as far as that is possible."""
-    for one in (_hidden(name), name):
-        try:
-            os.unlink(one, dir_fd=directory)
-        except OSError:
-            pass
-
-
-def _hidden(name: str) -> str:
-    """Its name until it is locked and whole."""
-    return f".{name}"
+    """Take away a journal that may be there, as far as that is possible."""
+    try:
+        os.unlink(name, dir_fd=directory)
+    except OSError:
+        pass
 
 
 def _frame(record: tuple[Any, ...]) -> bytes:

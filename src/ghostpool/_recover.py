@@ -37,7 +37,7 @@ log = logging.getLogger("ghostpool")
 DEATH_S = 5.0
 """Seconds that killed workers of the dead run have to be gone."""
 YOUNG_S = 60.0
-"""Seconds in which something without its lock, or without a listener, may be in the making."""
+"""Seconds in which a socket that nobody listens on may be in the making."""
 
 
 @contextmanager
@@ -249,18 +249,9 @@ def _has_ended(pidfd: int, give_up: float) -> bool:
 
 
 def _sweep(directory: int) -> None:
-    """Take away what dead runs leave besides: sockets, and journals that never got their name."""
+    """Take away what dead servers leave besides: their sockets."""
     for name in os.listdir(directory):
-        if _is_young(directory, name):
-            continue
-        if name.startswith(".") and name.endswith(_journal.SUFFIX):
-            try:
-                with _locked(directory, name) as fd:
-                    if fd is not None:
-                        os.unlink(name, dir_fd=directory)
-            except OSError:
-                pass
-        elif name.endswith(".sock"):
+        if name.endswith(".sock") and not _is_young(directory, name):
             _remove_dead_socket(directory, name)
 
 

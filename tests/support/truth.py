@@ -1,7 +1,7 @@
 """The mounts and files of a corpus case, from its truth.json and never from its images.
 
 What is built this way shares no code with the image reader, so a test that restores into it
-checks the reader as well. The format is described in the corpus' README.
+checks the reader as well. What is in it is what the functions below take out of it.
 """
 
 from __future__ import annotations

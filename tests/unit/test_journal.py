@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,6 +168,30 @@ def test_created_whole_or_not_at_all(directory: int, monkeypatch: pytest.MonkeyP
     with pytest.raises(OSError, match="Input/output"):
         JournalFile.create(directory, "0123456789ab", [RUN])
     assert os.listdir(directory) == []
+
+
+def test_it_has_its_name_only_once_it_is_whole(
+    directory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And locked: who finds it must not take it for a dead run's."""
+    link = os.link
+    seen: list[list[str]] = []
+
+    def look(*arguments: Any, **keywords: Any) -> None:
+        seen.append(os.listdir(directory))
+        link(*arguments, **keywords)
+        name = "0123456789ab.journal"
+        assert Journal(Path(f"/proc/self/fd/{directory}", name).read_bytes()).run.pid == RUN[2]
+        other = os.open(name, os.O_RDONLY, dir_fd=directory)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
+
+    monkeypatch.setattr(os, "link", look)
+    file = JournalFile.create(directory, "0123456789ab", [RUN])
+    os.close(file.fileno())
+    file.remove()
+    assert seen == [[]]
 
 
 def test_settling_twice_is_harmless() -> None:
