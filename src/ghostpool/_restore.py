@@ -37,7 +37,6 @@ from ghostpool._mountkernel import PoolMounts
 from ghostpool._paths import join, relative_to, text
 from ghostpool._planned import Plan, PlannedGhost, PlannedOpen, PlannedTask
 from ghostpool._pool import WorkerPool
-from ghostpool._process import WorkerFailure
 from ghostpool._protocol import (
     Created,
     CreateOp,
@@ -48,6 +47,7 @@ from ghostpool._protocol import (
     PlaceOp,
 )
 from ghostpool._slots import assign_slots
+from ghostpool._workerclient import WorkerFailure
 
 log = logging.getLogger("ghostpool")
 REVERT_S = 60.0
