@@ -13,7 +13,7 @@ SOURCES = Path(ghostpool.__file__).parent
 LAYERS = [
     "__main__ __init__",
     "_cli",
-    "_demo _fetch _serve",
+    "_demo _fetch _options _serve",
     "_deliver _show",
     "_run",
     "_recover _report _restore _signals",
