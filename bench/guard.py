@@ -45,14 +45,14 @@ main()
 # Stops itself as soon as its mounts are writable, to be killed at that moment.
 _VICTIM = """
 import os, signal
-from ghostpool._process import Worker
-call = Worker.call
+from ghostpool._workerclient import WorkerClient
+call = WorkerClient.call
 async def stopping(self, request, *arguments, **keywords):
     answer = await call(self, request, *arguments, **keywords)
     if request == "make_writable":
         os.kill(os.getpid(), signal.SIGSTOP)
     return answer
-Worker.call = stopping
+WorkerClient.call = stopping
 from ghostpool._cli import main
 main()
 """

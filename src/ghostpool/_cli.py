@@ -1,4 +1,4 @@
-"""The command line: arguments, exit statuses, and what is printed where."""
+"""The command line: its commands, exit statuses, and what is printed where."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from ghostpool._errors import GhostpoolError, PlanError, RestoreError, RevertError, leaves
+from ghostpool._options import CAPABILITY, SIZE, begin_reading, make_request, target_options
 from ghostpool._signals import note_only, raise_again
 
 EXIT_FAILED = 1
@@ -24,131 +25,6 @@ EXIT_INTERRUPTED = 130
 
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 log = logging.getLogger("ghostpool")
-
-
-class NamespaceOption(click.ParamType[tuple[int, str]]):
-    """ID=PID or ID=PATH."""
-
-    name = "ID=PID|PATH"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, str]:
-        from ghostpool._targets import parse_namespace_option
-
-        try:
-            return parse_namespace_option(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class CapabilityOption(click.ParamType[int]):
-    """NAME, CAP_NAME or ALL, as with container runtimes; the set it stands for."""
-
-    name = "NAME"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from ghostpool._capabilities import parse
-
-        try:
-            return parse(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class SizeOption(click.ParamType[int]):
-    """Bytes, or a number with a suffix."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from ghostpool._limits import parse_size
-
-        try:
-            return value if isinstance(value, int) else parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class ExternalOption(click.ParamType[tuple[str, str]]):
-    """KEY=PATH, or criu's mnt[KEY]:PATH."""
-
-    name = "KEY=PATH"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, str]:
-        from ghostpool._sandbox import parse_external
-
-        try:
-            return parse_external(value)
-        except (ValueError, GhostpoolError) as error:
-            self.fail(str(error), param, ctx)
-
-
-def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that say which images go where; those of criu where criu has them."""
-    for decorator in reversed(
-        (
-            click.option(
-                "-D",
-                "--images-dir",
-                default=".",
-                show_default=True,
-                metavar="DIR",
-                help="Directory of the images.",
-            ),
-            click.option(
-                "-t",
-                "--tree",
-                type=click.IntRange(min=1),
-                metavar="PID",
-                help="Live process whose mount namespace is that of the images' root task.",
-            ),
-            click.option(
-                "--ns",
-                "namespaces",
-                type=NamespaceOption(),
-                multiple=True,
-                help="Mount namespace for one of the images, by process or namespace file.",
-            ),
-            click.option(
-                "--external",
-                type=ExternalOption(),
-                multiple=True,
-                help="What to mount for an external mount, when namespaces are rebuilt.",
-            ),
-            click.option(
-                "-j",
-                "--jobs",
-                type=click.IntRange(min=1, max=1024),
-                metavar="N",
-                help="Most workers alive at once.  [default: usable CPUs]",
-            ),
-            click.option(
-                "--strategy",
-                type=click.Choice(["remount"]),
-                default="remount",
-                show_default=True,
-                help="How read-only mounts become writable for tasks.",
-            ),
-            click.option(
-                "--allow-devices", is_flag=True, help="Restore character and block devices."
-            ),
-            click.option("--allow-setuid", is_flag=True, help="Restore setuid and setgid files."),
-            click.option(
-                "--max-size",
-                type=SizeOption(),
-                default="1T",
-                show_default=True,
-                help="Largest apparent size of a ghost (suffix K, M, G, T or P).",
-            ),
-            click.option("-v", "verbose", count=True, help="Say more; twice for everything."),
-            click.option("-o", "--log-file", metavar="FILE", help="Log to FILE, not to stderr."),
-        )
-    ):
-        command = decorator(command)
-    return command
 
 
 def set_up_logging(verbose: int, log_file: str | None) -> None:
@@ -163,55 +39,6 @@ def set_up_logging(verbose: int, log_file: str | None) -> None:
     root = logging.getLogger("ghostpool")
     root.handlers[:] = [stream]
     root.setLevel(_LEVELS[min(verbose, 2)])
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may run on; psutil is imported only where nobody said --jobs."""
-    import psutil
-
-    return len(psutil.Process().cpu_affinity() or [0])
-
-
-def begin_reading(options: dict[str, Any]) -> Any:
-    """Have the images read from now on; the Reading, or the PlanError that the run raises.
-
-    Called before anything heavy is imported: the reader works meanwhile, on another CPU.
-    """
-    from ghostpool._startreader import start_reading
-
-    try:
-        return start_reading(options["images_dir"], options["max_size"])
-    except PlanError as error:
-        return error
-
-
-def make_request(options: dict[str, Any], reading: Any, keep: bool = False) -> Any:
-    """The Request of target options."""
-    from ghostpool._planned import Policy
-    from ghostpool._run import Request
-    from ghostpool._stall import STALL_S
-    from ghostpool._userns import maps_owner
-
-    numbers = [number for number, _ in options["namespaces"]]
-    if len(set(numbers)) != len(numbers):
-        raise PlanError("--ns names a mount namespace of the images twice")
-    return Request(
-        images_dir=options["images_dir"],
-        jobs=options["jobs"] or usable_cpus(),
-        tree=options["tree"],
-        namespaces=dict(options["namespaces"]),
-        external=dict(options["external"]),
-        max_size=options["max_size"],
-        reading=reading,
-        policy=Policy(
-            allow_devices=options["allow_devices"],
-            allow_setuid=options["allow_setuid"],
-            keep=keep,
-            mapped=maps_owner(),
-        ),
-        stall_s=options.get("stall_timeout") or STALL_S,
-        memory_limit=options.get("memory_limit"),
-    )
 
 
 def exit_status(error: BaseException) -> int:
@@ -335,7 +162,7 @@ def cli() -> None:
 )
 @click.option(
     "--cap-add",
-    type=CapabilityOption(),
+    type=CAPABILITY,
     multiple=True,
     help="Capability that CMD keeps besides the usual ones of a container.",
 )
@@ -355,7 +182,7 @@ def cli() -> None:
 )
 @click.option(
     "--memory-limit",
-    type=SizeOption(),
+    type=SIZE,
     help="Let further work wait while all processes of the run take more than this.",
 )
 @click.argument("cmd", nargs=-1, type=click.UNPROCESSED)

@@ -167,6 +167,29 @@ def alone(error: BaseException) -> BaseException:
     return error
 
 
+def reportable(error: BaseException) -> list[Exception]:
+    """The single errors inside, without those that only end a task (cancellation, Ctrl-C)."""
+    return [leaf for leaf in leaves(error) if isinstance(leaf, Exception)]
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error that made the others: not a broken barrier, and what needs the user first.
+
+    A group comes back as a group only if a mount could not be put back besides a failure.
+    """
+    found = list(leaves(error))
+    reverts = [leaf for leaf in found if isinstance(leaf, RevertError)]
+    causes = [leaf for leaf in found if not isinstance(leaf, (BarrierBroken, RevertError))]
+    real = [leaf for leaf in causes if isinstance(leaf, Exception)]
+    if reverts and real:
+        return ExceptionGroup("failed, and not everything could be put back", [*reverts, real[0]])
+    if reverts:
+        return reverts[0] if len(reverts) == 1 else ExceptionGroup("not put back", reverts)
+    if real:
+        return next((e for e in real if isinstance(e, GhostpoolError)), real[0])
+    return causes[0] if causes else found[0]
+
+
 __all__ = [
     "BarrierBroken",
     "CommandError",

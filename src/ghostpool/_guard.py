@@ -31,8 +31,9 @@ from ghostpool._journal import (
 from ghostpool._model import MountHandle
 from ghostpool._planned import Plan
 from ghostpool._pool import WorkerPool
-from ghostpool._process import STOP_S, Child, ForkServer, Worker, WorkerFailure
+from ghostpool._process import STOP_S, Child, ForkServer
 from ghostpool._protocol import RemoveOp
+from ghostpool._workerclient import WorkerClient, WorkerFailure
 
 log = logging.getLogger("ghostpool")
 UNDO_S = 10.0
@@ -55,7 +56,7 @@ class Owed(NamedTuple):
 class Guard:
     """A running guardian and the journal that it keeps."""
 
-    def __init__(self, worker: Worker, pool: WorkerPool, directory: int, name: str) -> None:
+    def __init__(self, worker: WorkerClient, pool: WorkerPool, directory: int, name: str) -> None:
         self._worker = worker
         self._pool = pool
         self._directory = directory
@@ -80,7 +81,7 @@ class Guard:
         something could not be undone: then it stays for `ghostpool recover`. KernelError: the
         journal can not be written, so nothing may be changed.
         """
-        worker = await server.worker("guardian", mount_setattr=pool.mount_setattr)
+        worker = await WorkerClient.forked(server, "guardian", mount_setattr=pool.mount_setattr)
         guard = cls(worker, pool, directory, plan.token.decode() + _journal.SUFFIX)
         try:
             await guard._open_journal(plan, identities)

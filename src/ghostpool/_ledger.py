@@ -21,8 +21,9 @@ from ghostpool._model import MountHandle, live_of
 from ghostpool._paths import join, text
 from ghostpool._planned import PlannedGhost, PlannedMount, PlannedOpen
 from ghostpool._pool import WorkerPool
-from ghostpool._process import Child, WorkerFailure
+from ghostpool._process import Child
 from ghostpool._protocol import Created, Placed, Removed, RemoveOp
+from ghostpool._workerclient import WorkerFailure
 
 _BATCH = 256
 BATCH_S = 60.0

@@ -15,8 +15,8 @@ from ghostpool._mend import describe_holders, kernel_error, mend_command
 from ghostpool._model import MountHandle
 from ghostpool._planned import PlannedMount
 from ghostpool._pool import WorkerPool
-from ghostpool._process import WorkerFailure
 from ghostpool._protocol import Failure
+from ghostpool._workerclient import WorkerFailure
 
 log = logging.getLogger("ghostpool")
 BUSY_S = 2.0

@@ -19,8 +19,9 @@ from ghostpool import _linux
 from ghostpool._errors import WorkerDied, WorkerHung
 from ghostpool._memory import MemoryBound
 from ghostpool._model import MountHandle
-from ghostpool._process import Child, ForkServer, Worker
+from ghostpool._process import Child, ForkServer
 from ghostpool._targets import Target
+from ghostpool._workerclient import WorkerClient
 
 log = logging.getLogger("ghostpool")
 DEATH_S = 5.0
@@ -64,7 +65,7 @@ class WorkerPool:
         self._watch: Callable[[Child], Awaitable[None]] | None = None
         self.images = -1
         """Directory that ghost images are read from, lent to requests that create."""
-        self._slots: list[Worker | None] = [None] * jobs
+        self._slots: list[WorkerClient | None] = [None] * jobs
         self._locks = [anyio.Lock() for _ in range(jobs)]
         self._undead: list[tuple[int, Child]] = []
         self.started = 0
@@ -134,7 +135,7 @@ class WorkerPool:
                 finally:
                     worker.kill()  # cancelled or not: nobody else knows it any more
 
-    async def _worker(self, slot: int, *, unwatched: bool = False) -> Worker:
+    async def _worker(self, slot: int, *, unwatched: bool = False) -> WorkerClient:
         """The slot's worker. `unwatched`: it is no matter that nobody is left to watch it."""
         async with self._locks[slot]:
             await self._bury(slot)
@@ -142,8 +143,8 @@ class WorkerPool:
             if worker is None and self._memory is not None and not self._memory.may_start():
                 worker = self._slots[slot] = self._least_shared()
             if worker is None:
-                worker = await self._server.worker(
-                    mount_setattr=self.mount_setattr, devices=self._devices
+                worker = await WorkerClient.forked(
+                    self._server, mount_setattr=self.mount_setattr, devices=self._devices
                 )
                 self._slots[slot] = worker
                 self.started += 1
@@ -160,9 +161,9 @@ class WorkerPool:
                         raise
             return worker
 
-    def _least_shared(self) -> Worker | None:
+    def _least_shared(self) -> WorkerClient | None:
         """The worker that serves the fewest slots: it takes one request after the other."""
-        serving: dict[Worker, int] = {}
+        serving: dict[WorkerClient, int] = {}
         for worker in self._slots:
             if worker is not None and worker.alive:
                 serving[worker] = serving.get(worker, 0) + 1

@@ -1,22 +1,19 @@
-"""The coordinator's side of its child processes: fork server, workers, commands.
+"""The coordinator's side of its child processes: the fork server, and what it forks.
 
-A call to a worker is one frame there and one (or a few) back. Once sent, its outcome has to be
-known, so a cancelled call still waits for the answer for a moment; a worker that gives none is
-killed, and whoever undoes its work asks another one (docs/design.md, D-007).
+What is said to a worker and to the guardian is in _workerclient; builders of namespaces and
+commands have one thing to say, which is heard here.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
-import marshal
 import math
 import os
 import resource
 import select
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -24,108 +21,20 @@ import anyio
 
 from ghostpool import _linux
 from ghostpool._capabilities import COMMAND
+from ghostpool._channel import Channel
 from ghostpool._errors import WorkerDied, WorkerHung, alone
 from ghostpool._launch import Launched
-from ghostpool._model import MountHandle
-from ghostpool._protocol import (
-    FLIGHT_S,
-    FLIGHT_STEP_S,
-    HEADER,
-    MAX_FDS,
-    MAX_FRAME,
-    Failure,
-    encode,
-    rights,
-    take_rights,
-)
+from ghostpool._protocol import MAX_FDS
 from ghostpool._stall import STALL_S, Vigil, condition
 
 log = logging.getLogger("ghostpool")
 FORK_S = 15.0
 """How long the fork server may take to fork one child."""
-SEND_S = 10.0
-"""How long a worker may take to read a request that it is waiting for."""
-CANCEL_GRACE_S = 2.0
-"""How long a cancelled call waits for its answer before its worker is killed."""
 STOP_S = 5.0
 """How long children may take to end after their socket was closed."""
 GONE_S = 2.0
 """How long killed children may take to be gone, before they are named as left behind."""
 _T = TypeVar("_T")
-_CMSG_SPACE = socket.CMSG_SPACE(253 * 4)
-
-
-class Channel:
-    """A frame channel for one sender and one receiver at a time; works on trio and asyncio."""
-
-    def __init__(self, fd: int) -> None:
-        self._socket = socket.socket(fileno=fd)
-        self._socket.setblocking(False)
-        self._header = b""
-        self._body = bytearray()
-        self._fds: list[int] = []
-
-    async def send(self, message: object, fds: list[int] | None = None) -> None:
-        """Send one message. OSError (EPIPE, ECONNRESET) if the other end is gone."""
-        header, body = encode(message, fds or [])
-        await self._send_part(header, fds or [])
-        view = memoryview(body)
-        while view:
-            view = view[await self._send_part(view, []) :]
-
-    async def _send_part(self, data: bytes | memoryview, fds: list[int]) -> int:
-        give_up = anyio.current_time() + FLIGHT_S
-        while True:
-            try:
-                return self._socket.sendmsg([data], rights(fds), socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                await anyio.wait_writable(self._socket)
-            except OSError as error:
-                if error.errno != errno.ETOOMANYREFS or anyio.current_time() > give_up:
-                    raise
-                await anyio.sleep(FLIGHT_STEP_S)
-
-    async def receive(self) -> tuple[Any, list[int]]:
-        """The next message. anyio.EndOfStream when the other end has closed.
-
-        A cancelled receive loses nothing: the next one goes on where it was.
-        """
-        while len(self._header) < HEADER.size:
-            # Descriptors come with the header's first byte; it is received alone, so that a
-            # receive never takes those of the frame after.
-            self._header += await self._some(HEADER.size - len(self._header), _CMSG_SPACE)
-        length, count, _ = HEADER.unpack(self._header)
-        if length > MAX_FRAME or count != len(self._fds):
-            raise anyio.EndOfStream
-        while len(self._body) < length:
-            self._body += await self._some(length - len(self._body))
-        message = marshal.loads(self._body)  # noqa: S302  written by our own child
-        fds = self._fds
-        self._header, self._body, self._fds = b"", bytearray(), []
-        return message, fds
-
-    async def _some(self, most: int, space: int = 0) -> bytes:
-        """At least one byte; descriptors that come with it, in `space` bytes, are kept aside."""
-        while True:
-            try:
-                data, ancillary, flags, _ = self._socket.recvmsg(
-                    most, space, socket.MSG_CMSG_CLOEXEC
-                )
-                break
-            except BlockingIOError:
-                await anyio.wait_readable(self._socket)
-            except ConnectionError:
-                raise anyio.EndOfStream from None
-        if not data:
-            raise anyio.EndOfStream
-        self._fds += take_rights(ancillary, flags)
-        return data
-
-    def close(self) -> None:
-        """Close at once; closing twice is harmless."""
-        self._socket.close()
-        _linux.close_all(self._fds)
-        self._fds = []
 
 
 class Child:
@@ -325,28 +234,10 @@ class ForkServer:
             await self._answered.wait()
         return self._answers.pop(0)
 
-    async def worker(
-        self, kind: str = "worker", *, mount_setattr: bool = True, devices: bool = False
-    ) -> Worker:
-        """Fork a worker, or the guardian, which is one too.
-
-        `mount_setattr=False` makes it do as on Linux before 5.12. `devices`: it may make them.
-        """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            extra = [True] if devices else []
-            child = await self.fork(kind, mount_setattr, *extra, fds=[theirs.fileno()])
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        return Worker(f"{kind} {child.pid}", child, Channel(ours.detach()), self.stall_s)
-
     async def build(self, specs: object) -> list[int]:
         """Have a fresh child build mount namespaces; their descriptors, in order.
 
-        Returns what the child answered; a failure comes as WorkerFailure.
+        BuildFailed: the child says why it could not.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         channel = Channel(ours.detach())
@@ -442,159 +333,6 @@ class CommandFailed(Exception):
         self.step = step
         self.errno = errno
         super().__init__(f"{step}: {os.strerror(errno)}")
-
-
-class WorkerFailure(Exception):
-    """A worker says that one operation of a batch failed."""
-
-    def __init__(self, failure: Failure) -> None:
-        self.failure = failure
-        super().__init__(failure)
-
-
-class Worker:
-    """One worker process: a lock around its socket, and what it has been given so far."""
-
-    def __init__(self, name: str, child: Child, channel: Channel, stall_s: float) -> None:
-        self.name = name
-        """For messages."""
-        self._stall_s = stall_s
-        self.child = child
-        self._channel = channel
-        self._lock = anyio.Lock()
-        self._mounts: set[int] = set()
-        self._namespaces: set[int] = set()
-        self._received: list[int] = []
-        """Descriptors of an answer of which the last frame is still to come."""
-        self.alive = True
-
-    async def call(
-        self,
-        request: str,
-        *arguments: object,
-        namespace: int = -1,
-        namespaces: Mapping[int, int] | None = None,
-        mounts: Mapping[MountHandle, int] | None = None,
-        fds: Iterable[int] = (),
-        deadline_s: float = math.inf,
-        stall_s: float = math.inf,
-    ) -> tuple[Any, list[int]]:
-        """Have one request done; its result, and the descriptors that came with it.
-
-        `namespace` is entered first. `namespaces` and `mounts` (number to descriptor here) are
-        sent along as far as this worker lacks them. WorkerFailure if the operation failed,
-        WorkerDied if the worker ended, or gave no answer within `deadline_s` seconds, WorkerHung
-        if it shows no sign of life for `stall_s` seconds (or those that hold for all workers, if
-        they are fewer). It is killed then.
-        """
-        async with self._lock:
-            if not self.alive:
-                raise WorkerDied(f"{self.name} is gone")
-            new_namespaces = {
-                key: fd for key, fd in (namespaces or {}).items() if key not in self._namespaces
-            }
-            new_mounts = {key: fd for key, fd in (mounts or {}).items() if key not in self._mounts}
-            try:
-                await self._hand_over(new_mounts)
-            except (anyio.EndOfStream, OSError) as error:
-                self.kill()
-                raise WorkerDied(f"{self.name} ended") from error
-            numbers = (namespace, list(new_namespaces), list(new_mounts))
-            passed = [*new_namespaces.values(), *new_mounts.values(), *fds]
-            # What may have arrived needs not be sent again, and what has not, dies with it.
-            self._namespaces |= new_namespaces.keys()
-            self._mounts |= new_mounts.keys()
-            try:
-                with anyio.fail_after(SEND_S, shield=True):
-                    await self._channel.send((*numbers, request, *arguments), passed)
-                ok, result, received = await self.child.moves(
-                    self._answer, min(stall_s, self._stall_s), deadline_s
-                )
-            except WorkerHung as error:
-                self.kill()
-                raise WorkerHung(f"{self.name} hangs during {request!r}: {error}") from None
-            except TimeoutError as error:
-                doing = condition(self.child.pidfd)
-                self.kill()
-                raise WorkerDied(f"{self.name} gave no answer to {request!r} ({doing})") from error
-            except (anyio.EndOfStream, OSError) as error:
-                self.kill()
-                raise WorkerDied(f"{self.name} ended during {request!r}") from error
-            except BaseException:
-                await self._abandon()
-                raise
-            if not ok:
-                _linux.close_all(received)
-                failure = Failure(*result)
-                if failure.at < 0 and not failure.errno:
-                    # No system call and no check of its own: what it knows can not be relied on.
-                    self.kill()
-                    raise WorkerDied(f"{self.name} was ended, it failed in {failure.step}")
-                raise WorkerFailure(failure)
-            return result, received
-
-    async def _hand_over(self, mounts: dict[MountHandle, int]) -> None:
-        """Send ahead what would not fit the descriptors of one frame."""
-        while len(mounts) > MAX_FDS - 20:
-            some = [mounts.popitem() for _ in range(MAX_FDS - 20)]
-            message: tuple[object, ...] = (-1, [], [handle for handle, _ in some], "ping")
-            with anyio.fail_after(SEND_S, shield=True):
-                await self._channel.send(message, [fd for _, fd in some])
-                await self._answer()
-            self._mounts |= {handle for handle, _ in some}
-
-    async def _answer(self) -> tuple[bool, Any, list[int]]:
-        while True:
-            message, fds = await self._channel.receive()
-            self._received += fds
-            if message is not None:
-                received, self._received = self._received, []
-                return message[0], message[1], received
-
-    async def _abandon(self) -> None:
-        """The caller was cancelled: wait for the answer a moment, then give the worker up."""
-        answered = False
-        with anyio.move_on_after(CANCEL_GRACE_S, shield=True):
-            try:
-                _, _, received = await self._answer()
-                _linux.close_all(received)
-                answered = True
-            except (anyio.EndOfStream, OSError):
-                pass
-        if not answered:
-            self.kill()
-
-    def learned(self, handles: Iterable[MountHandle]) -> None:
-        """Bookkeeping: the worker opened these itself."""
-        self._mounts |= set(handles)
-
-    def kill(self) -> None:
-        """End it at once (SIGKILL); its socket is closed."""
-        self.alive = False
-        self.child.signal(signal.SIGKILL)
-        _linux.close_all(self._received)
-        self._received = []
-        self._channel.close()
-
-    def let_go(self) -> None:
-        """Close its socket and leave it to itself; for the guardian, which has more to do then."""
-        self.alive = False
-        self._channel.close()
-
-    async def stop(self) -> int | None:
-        """End it in good order; its peak resident set in bytes, or None if it was dead already."""
-        if not self.alive:
-            return None
-        try:
-            (peak,), _ = await self.call("finish", deadline_s=STOP_S)
-        except (WorkerDied, WorkerFailure):
-            return None
-        self.alive = False
-        self._channel.close()
-        with anyio.move_on_after(STOP_S):
-            await self.child.wait()
-        self.child.signal(signal.SIGKILL)
-        return int(peak)
 
 
 async def _reap(pid: int) -> None:

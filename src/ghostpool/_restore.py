@@ -21,12 +21,11 @@ import anyio
 from ghostpool import _linux
 from ghostpool._barrier import TaskBarrier
 from ghostpool._errors import (
-    BarrierBroken,
-    GhostpoolError,
     RestoreError,
     RevertError,
     VerificationError,
-    leaves,
+    first_cause,
+    reportable,
 )
 from ghostpool._guard import Guard
 from ghostpool._lease import MountLeases, MountUsage
@@ -37,7 +36,6 @@ from ghostpool._mountkernel import PoolMounts
 from ghostpool._paths import join, relative_to, text
 from ghostpool._planned import Plan, PlannedGhost, PlannedOpen, PlannedTask
 from ghostpool._pool import WorkerPool
-from ghostpool._process import WorkerFailure
 from ghostpool._protocol import (
     Created,
     CreateOp,
@@ -48,6 +46,7 @@ from ghostpool._protocol import (
     PlaceOp,
 )
 from ghostpool._slots import assign_slots
+from ghostpool._workerclient import WorkerFailure
 
 log = logging.getLogger("ghostpool")
 REVERT_S = 60.0
@@ -66,8 +65,8 @@ Progress = Callable[[str, int], None]
 """Called with the name of a phase and how many pieces of it were just done."""
 
 
-def _silent(phase: str, done: int) -> None:
-    pass
+def silent(phase: str, done: int) -> None:
+    """Progress that nobody follows."""
 
 
 class Restored:
@@ -109,7 +108,7 @@ class Restoration:
         keep: bool = False,
         hold: bool = True,
         own_owner: bool = False,
-        progress: Progress = _silent,
+        progress: Progress = silent,
     ) -> None:
         plan.check()
         self._plan = plan
@@ -397,9 +396,9 @@ class Restoration:
                 late = RevertError(
                     f"undoing did not end within {limit_s:.0f} s", "look for .ghostpool-* files"
                 )
-                raise ExceptionGroup("undoing failed", [late, *_reportable(cause)]) from None
+                raise ExceptionGroup("undoing failed", [late, *reportable(cause)]) from None
             except Exception as error:  # noqa: BLE001  raised again, with its cause
-                raise ExceptionGroup("undoing failed", [error, *_reportable(cause)]) from None
+                raise ExceptionGroup("undoing failed", [error, *reportable(cause)]) from None
 
     def _failed(self, failure: Failure, subject: str) -> RestoreError:
         if failure.at < 0:
@@ -410,28 +409,6 @@ class Restoration:
             f"{subject}: restored file differs in its {failure.step} "
             f"({text(failure.path)} on its mount)"
         )
-
-
-def _reportable(error: BaseException) -> list[Exception]:
-    return [leaf for leaf in leaves(error) if isinstance(leaf, Exception)]
-
-
-def first_cause(error: BaseException) -> BaseException:
-    """The error that made the others: not a broken barrier, and what needs the user first.
-
-    A group comes back as a group only if a mount could not be put back besides a failure.
-    """
-    found = list(leaves(error))
-    reverts = [leaf for leaf in found if isinstance(leaf, RevertError)]
-    causes = [leaf for leaf in found if not isinstance(leaf, (BarrierBroken, RevertError))]
-    real = [leaf for leaf in causes if isinstance(leaf, Exception)]
-    if reverts and real:
-        return ExceptionGroup("failed, and not everything could be put back", [*reverts, real[0]])
-    if reverts:
-        return reverts[0] if len(reverts) == 1 else ExceptionGroup("not put back", reverts)
-    if real:
-        return next((e for e in real if isinstance(e, GhostpoolError)), real[0])
-    return causes[0] if causes else found[0]
 
 
 def _content(planned: PlannedGhost) -> int:

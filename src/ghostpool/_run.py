@@ -32,7 +32,7 @@ from ghostpool._pool import WorkerPool
 from ghostpool._process import BuildFailed, ForkServer
 from ghostpool._reading import read_apart
 from ghostpool._report import Report
-from ghostpool._restore import Progress, Restoration, Restored, _silent
+from ghostpool._restore import Progress, Restoration, Restored, silent
 from ghostpool._rundir import open_run_directory
 from ghostpool._sandbox import specs_from_images
 from ghostpool._stall import STALL_S
@@ -92,7 +92,7 @@ class Prepared:
     """RLIMIT_NOFILE as it was; commands get it back."""
 
     @asynccontextmanager
-    async def restored(self, progress: Progress = _silent) -> AsyncIterator[Restored]:
+    async def restored(self, progress: Progress = silent) -> AsyncIterator[Restored]:
         """Carry the plan out and hold the descriptors for the time of the block."""
         async with AsyncExitStack() as stack:
             directory = open_run_directory(self.request.run_dir)
@@ -267,7 +267,7 @@ async def run_restore(
     launched: Launched,
     report: Report,
     deliver: Delivery,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> None:
     """Restore, and hand the descriptors to `deliver` after the mounts are back.
 

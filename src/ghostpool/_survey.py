@@ -23,9 +23,9 @@ from ghostpool._paths import text
 from ghostpool._plan import Planner
 from ghostpool._planned import Plan, PlannedMount, Policy
 from ghostpool._pool import WorkerPool
-from ghostpool._process import WorkerFailure
 from ghostpool._protocol import Failure, Look, MountFacts, Room
 from ghostpool._targets import Target
+from ghostpool._workerclient import WorkerFailure
 
 _BATCH = 200
 _Place = tuple[MountHandle, bytes, tuple[bytes, ...]]

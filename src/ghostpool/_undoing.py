@@ -25,10 +25,11 @@ from ghostpool._mountinfo import LiveMount, MountTable, option_names
 from ghostpool._namespaces import find_namespaces
 from ghostpool._paths import is_below, join, relative_to, text
 from ghostpool._pool import WorkerPool
-from ghostpool._process import ForkServer, WorkerFailure
+from ghostpool._process import ForkServer
 from ghostpool._protocol import OTHER, REMOVED, Look, MountFacts, Removed, RemoveOp
 from ghostpool._survey import read_tables
 from ghostpool._targets import Target
+from ghostpool._workerclient import WorkerFailure
 
 BUSY_S = 2.0
 """Seconds that a busy mount is tried again."""

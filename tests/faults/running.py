@@ -27,8 +27,9 @@ from ghostpool._errors import GhostpoolError, leaves
 from ghostpool._launch import launch
 from ghostpool._model import NsId
 from ghostpool._planned import Policy
-from ghostpool._process import ForkServer, Worker
+from ghostpool._process import ForkServer
 from ghostpool._report import Report
+from ghostpool._workerclient import WorkerClient
 from tests.faults.act import act, alive
 from tests.faults.area import Area, Fault
 from tests.faults.child import BOOT, Plan
@@ -377,9 +378,9 @@ class _Coordinator:
 
     def _patch(self) -> None:
         coordinator = self
-        worker_call, fork = Worker.call, ForkServer.fork
+        worker_call, fork = WorkerClient.call, ForkServer.fork
 
-        async def call(self: Worker, request: str, *args: Any, **keywords: Any) -> Any:
+        async def call(self: WorkerClient, request: str, *args: Any, **keywords: Any) -> Any:
             step = coordinator._next(request)
             coordinator._at(step, False, self.child.pid)
             result = await worker_call(self, request, *args, **keywords)
@@ -393,7 +394,7 @@ class _Coordinator:
             coordinator._at(step, True, child.pid)
             return child
 
-        Worker.call = call  # type: ignore[method-assign]
+        WorkerClient.call = call  # type: ignore[method-assign]
         ForkServer.fork = forked  # type: ignore[method-assign]
 
     def _next(self, name: str) -> int:

@@ -23,8 +23,9 @@ from ghostpool._capabilities import BUILDER, COMMAND, ENTER, GUARDIAN, NEEDED, W
 from ghostpool._errors import WorkerDied
 from ghostpool._launch import launch
 from ghostpool._planned import Policy
-from ghostpool._process import ForkServer, Worker
+from ghostpool._process import ForkServer
 from ghostpool._report import Report
+from ghostpool._workerclient import WorkerClient
 from tests.support.imagewriter import ImageSet
 from tests.support.namespaces import in_child
 from tests.support.restore import ghostpool, live, make_read_only, mount_tmpfs
@@ -116,16 +117,16 @@ def make_images(directory: Path, device: bool = False) -> Path:
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Held]]:
     """Every child by its kind, as it was after each of its answers."""
     seen: dict[str, list[Held]] = {}
-    call = Worker.call
+    call = WorkerClient.call
 
-    async def watch(self: Worker, request: str, *args: Any, **keywords: Any) -> Any:
+    async def watch(self: WorkerClient, request: str, *args: Any, **keywords: Any) -> Any:
         result = await call(self, request, *args, **keywords)
         if request != "finish":
             kind = self.name.split()[0]
             seen.setdefault(kind, []).append(hold(self.child.pid, request))
         return result
 
-    monkeypatch.setattr(Worker, "call", watch)
+    monkeypatch.setattr(WorkerClient, "call", watch)
     return seen
 
 
@@ -171,7 +172,7 @@ async def test_the_fork_server_has_nothing_in_effect() -> None:
     """But everything to hand on."""
     launched = launch()
     async with ForkServer.running(launched) as server:
-        worker = await server.worker()
+        worker = await WorkerClient.forked(server)
         worker.kill()
         held = hold(launched.pid, "")
     assert (held.sets.permitted, held.sets.effective) == (MINE, 0)
@@ -240,15 +241,15 @@ async def test_the_images_are_held_while_creating(
         seen.append(kind)
         return await send(self, kind, *arguments, fds=fds)
 
-    call = Worker.call
+    call = WorkerClient.call
     lent: list[str] = []
 
-    async def watch(self: Worker, request: str, *args: Any, **keywords: Any) -> Any:
+    async def watch(self: WorkerClient, request: str, *args: Any, **keywords: Any) -> Any:
         lent.extend([request] * len(list(keywords.get("fds", ()))))
         return await call(self, request, *args, **keywords)
 
     monkeypatch.setattr(ForkServer, "fork", fork)
-    monkeypatch.setattr(Worker, "call", watch)
+    monkeypatch.setattr(WorkerClient, "call", watch)
     with live(make_data) as target:
         await restore(make_images(tmp_path), target.pid)
     assert set(lent) == {"create", "journal", "watch"}
@@ -258,7 +259,7 @@ async def test_the_images_are_held_while_creating(
 async def test_a_worker_that_fails_by_itself_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     """An error that nobody foresaw comes through the socket, not on the terminal."""
     async with ForkServer.running(launch()) as server:
-        worker = await server.worker()
+        worker = await WorkerClient.forked(server)
         with pytest.raises(WorkerDied, match=r"failed in create: TypeError"):
             await worker.call("create", None, None, None)
         assert not worker.alive
@@ -269,7 +270,7 @@ async def test_a_worker_that_fails_by_itself_says_so(capfd: pytest.CaptureFixtur
 
 async def test_no_child_leaves_a_core(tmp_path: Path) -> None:
     async with ForkServer.running(launch()) as server:
-        worker = await server.worker()
+        worker = await WorkerClient.forked(server)
         (pid, _) = await worker.call("ping")
         soft, _ = resource.prlimit(pid, resource.RLIMIT_CORE)
         assert soft == 0

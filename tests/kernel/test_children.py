@@ -15,7 +15,8 @@ import pytest
 from ghostpool._errors import WorkerDied
 from ghostpool._launch import launch
 from ghostpool._pool import INSIST, WorkerPool
-from ghostpool._process import Child, ForkServer, Worker, WorkerFailure
+from ghostpool._process import Child, ForkServer
+from ghostpool._workerclient import WorkerClient, WorkerFailure
 
 pytestmark = [pytest.mark.needs_mount_ns, pytest.mark.anyio]
 
@@ -33,8 +34,8 @@ async def test_child_that_outlives_the_fork_server() -> None:
     launched = launch()
     with anyio.fail_after(20):
         async with ForkServer.running(launched) as server:
-            worker = await server.worker()
-            guardian = await server.worker("guardian")
+            worker = await WorkerClient.forked(server)
+            guardian = await WorkerClient.forked(server, "guardian")
             await guardian.call("ping")  # it leads its own session by now
             os.kill(launched.pid, signal.SIGKILL)
             # That of the worker comes by its death signal, and nobody else tells of it.
@@ -43,7 +44,7 @@ async def test_child_that_outlives_the_fork_server() -> None:
             assert guardian.child.status is None
             assert await guardian.call("ping") == (guardian.child.pid, [])
             with pytest.raises(WorkerDied, match="fork server is gone"):
-                await server.worker()
+                await WorkerClient.forked(server)
             guardian.kill()
             assert await guardian.child.wait() == -signal.SIGKILL
             assert guardian.child.pidfd == -1
@@ -56,12 +57,12 @@ async def test_fork_server_dies_at_the_end(caplog: pytest.LogCaptureFixture) -> 
     launched = launch()
     with anyio.fail_after(20):
         async with ForkServer.running(launched) as server:
-            guardian = await server.worker("guardian")
+            guardian = await WorkerClient.forked(server, "guardian")
             pidfd = os.dup(guardian.child.pidfd)
             await guardian.call("ping")
             os.kill(launched.pid, signal.SIGKILL)
             with pytest.raises(WorkerDied, match="fork server is gone"):
-                await server.worker()
+                await WorkerClient.forked(server)
     assert f"process {guardian.child.pid} is left behind" in caplog.text
     assert guardian.child.status is None
     guardian.kill()  # its end is not ours to see any more, but its socket is
@@ -80,7 +81,7 @@ def held_by(pid: int) -> list[str]:
 async def test_what_is_lent_goes_with_the_request(tmp_path: Path) -> None:
     """Also with one that fails before it begins, since its namespace can not be entered."""
     async with ForkServer.running(launch()) as server:
-        worker = await server.worker()
+        worker = await WorkerClient.forked(server)
         lent = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
         no_namespace = os.open("/dev/null", os.O_RDONLY)
         try:
@@ -146,16 +147,18 @@ async def test_undoing_gets_workers_when_the_guardian_is_dead(
         await pool.watch_with(watcher)
         with pytest.raises(WorkerDied, match="guardian 1 is gone"):
             await pool.call(0, "ping")
-        original = Worker.call
+        original = WorkerClient.call
         killed: list[int] = []
 
-        async def call(self: Worker, request: str, *args: object, **keywords: object) -> object:
+        async def call(
+            self: WorkerClient, request: str, *args: object, **keywords: object
+        ) -> object:
             if request == "ping" and len(killed) < INSIST - 1:
                 killed.append(self.child.pid)
                 self.child.signal(signal.SIGKILL)
             return await original(self, request, *args, **keywords)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(Worker, "call", call)
+        monkeypatch.setattr(WorkerClient, "call", call)
         pid, _ = await pool.insist(0, "ping")
         pids = [child.pid for child in watcher.children]
         assert pids == [*killed, pid]

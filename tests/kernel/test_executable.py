@@ -22,6 +22,7 @@ from ghostpool import _capabilities, _launch, _linux
 from ghostpool._capabilities import COMMAND, ENTER, WORKER, Cap
 from ghostpool._launch import launch
 from ghostpool._process import ForkServer
+from ghostpool._workerclient import WorkerClient
 from tests.kernel.test_capabilities import attempt
 from tests.support.live import process
 from tests.support.namespaces import in_child
@@ -82,8 +83,8 @@ def attack(become: Callable[[], None], pid: int) -> dict[str, int]:
 async def test_nobody_gets_at_a_child(become: Callable[[], None]) -> None:
     launched = launch()
     async with ForkServer.running(launched) as server:
-        worker = await server.worker()
-        guardian = await server.worker("guardian")
+        worker = await WorkerClient.forked(server)
+        guardian = await WorkerClient.forked(server, "guardian")
         try:
             for one in (worker, guardian):
                 await one.call("ping")
@@ -158,7 +159,7 @@ async def test_all_children_run_from_that_mount() -> None:
     assert executable_of(os.getpid()) == (True, False, True)
     launched = launch()
     async with ForkServer.running(launched) as server:
-        worker = await server.worker()
+        worker = await WorkerClient.forked(server)
         try:
             await worker.call("ping")
             for pid in (launched.pid, worker.child.pid):
@@ -182,7 +183,7 @@ async def test_without_privilege_it_starts_all_the_same(monkeypatch: pytest.Monk
     monkeypatch.setattr(_launch, "_read_only", refuse)
     launched = launch()
     async with ForkServer.running(launched) as server:
-        worker = await server.worker()
+        worker = await WorkerClient.forked(server)
         try:
             await worker.call("ping")
             assert executable_of(worker.child.pid) == (True, False, True)

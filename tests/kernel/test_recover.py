@@ -524,8 +524,8 @@ def test_stopped_guardian(scene: Scene) -> None:
     """It holds the lock, so nobody else can undo: it is continued, and does it."""
     code = """
 import os, signal, sys
-from ghostpool._process import Worker
-call = Worker.call
+from ghostpool._workerclient import WorkerClient
+call = WorkerClient.call
 guardian = None
 async def dying(self, request, *args, **keywords):
     global guardian
@@ -535,7 +535,7 @@ async def dying(self, request, *args, **keywords):
         os.kill(guardian, signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGKILL)
     return result
-Worker.call = dying
+WorkerClient.call = dying
 from ghostpool._cli import main
 main()
 """
@@ -558,14 +558,14 @@ def test_a_living_run_is_left_alone(scene: Scene) -> None:
     """Its journal is locked, whatever its owner does."""
     code = """
 import os, signal, sys
-from ghostpool._process import Worker
-call = Worker.call
+from ghostpool._workerclient import WorkerClient
+call = WorkerClient.call
 async def stopping(self, request, *args, **keywords):
     result = await call(self, request, *args, **keywords)
     if request == "make_writable":
         os.kill(os.getpid(), signal.SIGSTOP)
     return result
-Worker.call = stopping
+WorkerClient.call = stopping
 sys.argv[0] = "ghostpool"
 from ghostpool._cli import main
 main()

@@ -24,8 +24,8 @@ from ghostpool import _deliver, _linux, _pool, _process, _run
 from ghostpool._errors import RevertError, WorkerDied, WorkerHung, leaves
 from ghostpool._launch import launch
 from ghostpool._pool import WorkerPool
-from ghostpool._process import Worker
 from ghostpool._report import Report
+from ghostpool._workerclient import WorkerClient
 from tests.support.crash import children, wait_for
 from tests.support.imagewriter import ImageSet
 from tests.support.live import Live as LiveSpecs
@@ -69,9 +69,9 @@ def restore(images: Path, pid: int, jobs: int = 2, stall_s: float = STALL_S) -> 
 def stop_at(patch: pytest.MonkeyPatch, step: Callable[[int, str], bool]) -> list[str]:
     """Stop the worker (or guardian) that is about to get the chosen call."""
     calls: list[str] = []
-    original = Worker.call
+    original = WorkerClient.call
 
-    async def call(self: Worker, request: str, *args: Any, **keywords: Any) -> Any:
+    async def call(self: WorkerClient, request: str, *args: Any, **keywords: Any) -> Any:
         calls.append(request)
         # The guardian is asked by several at once; of this call nobody else waits for it.
         name = "settle names" if request == "settle" and args == ("names",) else request
@@ -79,7 +79,7 @@ def stop_at(patch: pytest.MonkeyPatch, step: Callable[[int, str], bool]) -> list
             self.child.signal(signal.SIGSTOP)
         return await original(self, request, *args, **keywords)
 
-    patch.setattr(Worker, "call", call)
+    patch.setattr(WorkerClient, "call", call)
     return calls
 
 

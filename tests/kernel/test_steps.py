@@ -22,9 +22,9 @@ from ghostpool._launch import launch
 from ghostpool._model import NsId
 from ghostpool._planned import Policy
 from ghostpool._pool import WorkerPool
-from ghostpool._process import Worker, WorkerFailure
 from ghostpool._protocol import Failure
 from ghostpool._report import Report
+from ghostpool._workerclient import WorkerClient, WorkerFailure
 from tests.support.corpus import CORPUS, corpus
 from tests.support.namespaces import built, inside, mountinfo
 from tests.support.truth import specs_from_truth
@@ -152,10 +152,10 @@ async def test_worker_killed_at_each_step(target: Target, monkeypatch: pytest.Mo
     failed = 0
     while True:
         seen = []
-        original = Worker.call
+        original = WorkerClient.call
 
         async def call(
-            self: Worker, request: str, *args: Any, step: int = step, **keywords: Any
+            self: WorkerClient, request: str, *args: Any, step: int = step, **keywords: Any
         ) -> Any:
             seen.append(request)  # noqa: B023  the loop waits for the run
             if len(seen) - 1 == step:  # noqa: B023
@@ -163,7 +163,7 @@ async def test_worker_killed_at_each_step(target: Target, monkeypatch: pytest.Mo
             return await original(self, request, *args, **keywords)  # noqa: B023
 
         with monkeypatch.context() as patch:
-            patch.setattr(Worker, "call", call)
+            patch.setattr(WorkerClient, "call", call)
             try:
                 await run(target, 2)
             except* RestoreError:

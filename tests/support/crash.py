@@ -29,12 +29,12 @@ import anyio
 from ghostpool import _deliver, _run
 from ghostpool._launch import launch
 from ghostpool._planned import Policy
-from ghostpool._process import Worker
+from ghostpool._workerclient import WorkerClient
 from ghostpool._report import Report
 
 images, kind, number, when, whom, mount_setattr, keep, meanwhile, *where = sys.argv[1:]
 calls = matching = 0
-call = Worker.call
+call = WorkerClient.call
 guardians = set()
 
 def die():
@@ -71,7 +71,7 @@ async def counted(self, request, *args, **keywords):
         die()
     return result
 
-Worker.call = counted
+WorkerClient.call = counted
 namespaces = {int(number): path for number, _, path in (one.partition("=") for one in where)}
 request = _run.Request(
     images, 2, namespaces=namespaces, policy=Policy(keep=keep == "keep"),

@@ -1,0 +1,96 @@
+"""Frames over a socket on an event loop; the children's end is _protocol.BlockingChannel."""
+
+from __future__ import annotations
+
+import errno
+import marshal
+import socket
+from typing import Any
+
+import anyio
+
+from ghostpool import _linux
+from ghostpool._protocol import (
+    FLIGHT_S,
+    FLIGHT_STEP_S,
+    HEADER,
+    MAX_FRAME,
+    encode,
+    rights,
+    take_rights,
+)
+
+_CMSG_SPACE = socket.CMSG_SPACE(253 * 4)
+
+
+class Channel:
+    """A frame channel for one sender and one receiver at a time; works on trio and asyncio."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._socket.setblocking(False)
+        self._header = b""
+        self._body = bytearray()
+        self._fds: list[int] = []
+
+    async def send(self, message: object, fds: list[int] | None = None) -> None:
+        """Send one message. OSError (EPIPE, ECONNRESET) if the other end is gone."""
+        header, body = encode(message, fds or [])
+        await self._send_part(header, fds or [])
+        view = memoryview(body)
+        while view:
+            view = view[await self._send_part(view, []) :]
+
+    async def _send_part(self, data: bytes | memoryview, fds: list[int]) -> int:
+        give_up = anyio.current_time() + FLIGHT_S
+        while True:
+            try:
+                return self._socket.sendmsg([data], rights(fds), socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                await anyio.wait_writable(self._socket)
+            except OSError as error:
+                if error.errno != errno.ETOOMANYREFS or anyio.current_time() > give_up:
+                    raise
+                await anyio.sleep(FLIGHT_STEP_S)
+
+    async def receive(self) -> tuple[Any, list[int]]:
+        """The next message. anyio.EndOfStream when the other end has closed.
+
+        A cancelled receive loses nothing: the next one goes on where it was.
+        """
+        while len(self._header) < HEADER.size:
+            # Descriptors come with the header's first byte; it is received alone, so that a
+            # receive never takes those of the frame after.
+            self._header += await self._some(HEADER.size - len(self._header), _CMSG_SPACE)
+        length, count, _ = HEADER.unpack(self._header)
+        if length > MAX_FRAME or count != len(self._fds):
+            raise anyio.EndOfStream
+        while len(self._body) < length:
+            self._body += await self._some(length - len(self._body))
+        message = marshal.loads(self._body)  # noqa: S302  written by our own child
+        fds = self._fds
+        self._header, self._body, self._fds = b"", bytearray(), []
+        return message, fds
+
+    async def _some(self, most: int, space: int = 0) -> bytes:
+        """At least one byte; descriptors that come with it, in `space` bytes, are kept aside."""
+        while True:
+            try:
+                data, ancillary, flags, _ = self._socket.recvmsg(
+                    most, space, socket.MSG_CMSG_CLOEXEC
+                )
+                break
+            except BlockingIOError:
+                await anyio.wait_readable(self._socket)
+            except ConnectionError:
+                raise anyio.EndOfStream from None
+        if not data:
+            raise anyio.EndOfStream
+        self._fds += take_rights(ancillary, flags)
+        return data
+
+    def close(self) -> None:
+        """Close at once; closing twice is harmless."""
+        self._socket.close()
+        _linux.close_all(self._fds)
+        self._fds = []

@@ -1,0 +1,176 @@
+"""Options that say what is restored where, and the request that they make.
+
+What parses their values is imported when there is one: the command starts without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from ghostpool._errors import GhostpoolError, PlanError
+
+_T = TypeVar("_T")
+
+
+class Parsed(click.ParamType[_T]):
+    """What `parse` makes of the text; what it raises is said as click says such things."""
+
+    def __init__(self, name: str, parse: Callable[[str], _T]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> _T:
+        try:
+            return self._parse(value)
+        except (ValueError, GhostpoolError) as error:
+            self.fail(str(error), param, ctx)
+
+
+def _namespace(value: str) -> tuple[int, str]:
+    from ghostpool._targets import parse_namespace_option
+
+    return parse_namespace_option(value)
+
+
+def _capability(value: str) -> int:
+    from ghostpool._capabilities import parse
+
+    return parse(value)
+
+
+def _size(value: str | int) -> int:
+    from ghostpool._limits import parse_size
+
+    return value if isinstance(value, int) else parse_size(value)
+
+
+def _external(value: str) -> tuple[str, str]:
+    from ghostpool._sandbox import parse_external
+
+    return parse_external(value)
+
+
+NAMESPACE = Parsed("ID=PID|PATH", _namespace)
+CAPABILITY = Parsed("NAME", _capability)
+"""NAME, CAP_NAME or ALL, as with container runtimes; the set it stands for."""
+SIZE = Parsed("SIZE", _size)
+"""Bytes, or a number with a suffix."""
+EXTERNAL = Parsed("KEY=PATH", _external)
+"""KEY=PATH, or criu's mnt[KEY]:PATH."""
+
+
+def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say which images go where; those of criu where criu has them."""
+    for decorator in reversed(
+        (
+            click.option(
+                "-D",
+                "--images-dir",
+                default=".",
+                show_default=True,
+                metavar="DIR",
+                help="Directory of the images.",
+            ),
+            click.option(
+                "-t",
+                "--tree",
+                type=click.IntRange(min=1),
+                metavar="PID",
+                help="Live process whose mount namespace is that of the images' root task.",
+            ),
+            click.option(
+                "--ns",
+                "namespaces",
+                type=NAMESPACE,
+                multiple=True,
+                help="Mount namespace for one of the images, by process or namespace file.",
+            ),
+            click.option(
+                "--external",
+                type=EXTERNAL,
+                multiple=True,
+                help="What to mount for an external mount, when namespaces are rebuilt.",
+            ),
+            click.option(
+                "-j",
+                "--jobs",
+                type=click.IntRange(min=1, max=1024),
+                metavar="N",
+                help="Most workers alive at once.  [default: usable CPUs]",
+            ),
+            click.option(
+                "--strategy",
+                type=click.Choice(["remount"]),
+                default="remount",
+                show_default=True,
+                help="How read-only mounts become writable for tasks.",
+            ),
+            click.option(
+                "--allow-devices", is_flag=True, help="Restore character and block devices."
+            ),
+            click.option("--allow-setuid", is_flag=True, help="Restore setuid and setgid files."),
+            click.option(
+                "--max-size",
+                type=SIZE,
+                default="1T",
+                show_default=True,
+                help="Largest apparent size of a ghost (suffix K, M, G, T or P).",
+            ),
+            click.option("-v", "verbose", count=True, help="Say more; twice for everything."),
+            click.option("-o", "--log-file", metavar="FILE", help="Log to FILE, not to stderr."),
+        )
+    ):
+        command = decorator(command)
+    return command
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on; psutil is imported only where nobody said --jobs."""
+    import psutil
+
+    return len(psutil.Process().cpu_affinity() or [0])
+
+
+def begin_reading(options: dict[str, Any]) -> Any:
+    """Have the images read from now on; the Reading, or the PlanError that the run raises.
+
+    Called before anything heavy is imported: the reader works meanwhile, on another CPU.
+    """
+    from ghostpool._startreader import start_reading
+
+    try:
+        return start_reading(options["images_dir"], options["max_size"])
+    except PlanError as error:
+        return error
+
+
+def make_request(options: dict[str, Any], reading: Any, keep: bool = False) -> Any:
+    """The Request of target options."""
+    from ghostpool._planned import Policy
+    from ghostpool._run import Request
+    from ghostpool._stall import STALL_S
+    from ghostpool._userns import maps_owner
+
+    numbers = [number for number, _ in options["namespaces"]]
+    if len(set(numbers)) != len(numbers):
+        raise PlanError("--ns names a mount namespace of the images twice")
+    return Request(
+        images_dir=options["images_dir"],
+        jobs=options["jobs"] or usable_cpus(),
+        tree=options["tree"],
+        namespaces=dict(options["namespaces"]),
+        external=dict(options["external"]),
+        max_size=options["max_size"],
+        reading=reading,
+        policy=Policy(
+            allow_devices=options["allow_devices"],
+            allow_setuid=options["allow_setuid"],
+            keep=keep,
+            mapped=maps_owner(),
+        ),
+        stall_s=options.get("stall_timeout") or STALL_S,
+        memory_limit=options.get("memory_limit"),
+    )
