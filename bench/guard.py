@@ -35,7 +35,7 @@ _LIMIT_S = 10.0
 _UNGUARDED = """
 import sys
 from ghostpool import _guard
-async def nothing(*_):
+async def nothing(*_, **__):
     pass
 _guard.Guard.owe = _guard.Guard.settle = nothing
 from ghostpool._cli import main

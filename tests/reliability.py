@@ -47,12 +47,27 @@ class Part(NamedTuple):
     """The option for the file with its results."""
     markdown: bool = False
     """Its output is Markdown itself."""
+    about: tuple[str, ...] = ("*.py",)
+    """The sources that its numbers are about."""
 
     @property
     def name(self) -> str:
         """In file names, and for --only."""
         return self.module.removeprefix("tests.")
 
+
+_READERS = (
+    "_image*.py",
+    "_ghostfile.py",
+    "_filetable.py",
+    "_remaps.py",
+    "_limits.py",
+    "_schema.py",
+    "_model.py",
+    "_errors.py",
+    "_linux.py",
+    "_paths.py",
+)
 
 PARTS = (
     Part(
@@ -81,6 +96,7 @@ PARTS = (
         "tests.fuzz",
         ("--executions", "5000000", "--workers", "2"),
         ("--executions", "20000", "--workers", "2"),
+        about=_READERS,
     ),
     Part(
         "Attackers",
@@ -130,19 +146,18 @@ def exists(module: str) -> bool:
     )
 
 
-def sources() -> str:
-    """A sum over the package's sources: numbers are worth something for these alone."""
-    sums = [
-        hashlib.sha256(path.read_bytes()).hexdigest() + path.name
-        for path in sorted((TESTS.parent / "src" / "ghostpool").glob("*.py"))
-    ]
+def sources(part: Part) -> str:
+    """A sum over the sources that a part is about: its numbers are worth something for these."""
+    home = TESTS.parent / "src" / "ghostpool"
+    paths = sorted({path for pattern in part.about for path in home.glob(pattern)})
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() + path.name for path in paths]
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def section_of(part: Part, quick: bool, results: Path) -> str:
     """The section of one part: that which is there, if it is about these sources, or a new one."""
     kept = results / f"{part.name}.section"
-    about = f"{sources()} {quick}\n"
+    about = f"{sources(part)} {quick}\n"
     if kept.exists() and (text := kept.read_text(encoding="utf-8")).startswith(about):
         return text.removeprefix(about)
     section = run_part(part, quick, results)

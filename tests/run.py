@@ -20,13 +20,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable
+from typing import IO
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNNER = os.path.join(ROOT, ".tox", ".runner")
 OLDEST = (3, 11)
 TOX = "tox>=4.30"
-STATIC = ["lint", "typing", "docs", "wheel", "long"]
+STATIC = ["lint", "typing", "docs", "wheel"]
+BESIDE = "long"
 
 # Command that a test needs -> the Debian package it is in.
 TOOLS = {"strace": "strace", "mkfs.ext4": "e2fsprogs", "mount": "mount", "unshare": "util-linux"}
@@ -155,32 +159,55 @@ def run(command: list[str]) -> None:
         sys.exit(f"tests/run.py: failed: {' '.join(command)}")
 
 
-def run_tox(command: list[str]) -> int:
-    """Run tox, pass its output on, and repeat the last line of each pytest at the end."""
+def start_tox(command: list[str], output: int | IO[str]) -> subprocess.Popen[str]:
+    """Start tox."""
     environ = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"}}
-    closing: list[str] = []
-    name = ""
-    with subprocess.Popen(
+    return subprocess.Popen(
         command,
         cwd=ROOT,
         env=environ,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            started = re.match(r"(\S+): commands\[\d+\]> ", line)
-            name = started[1] if started else name
-            if re.fullmatch(r"=+ (?=.*\d+ \w+).* in [\d.]+s.* =+", line.strip()):
-                closing.append(f"{name}: {line.strip(' =' + chr(10))}")
+    )
+
+
+def pass_on(lines: Iterable[str]) -> list[str]:
+    """Print the output of a tox as it comes; the closing lines of pytest in it, by name."""
+    closing: list[str] = []
+    name = ""
+    for line in lines:
+        print(line, end="", flush=True)
+        started = re.match(r"(\S+): commands\[\d+\]> ", line)
+        name = started[1] if started else name
+        if re.fullmatch(r"=+ (?=.*\d+ \w+).* in [\d.]+s.* =+", line.strip()):
+            closing.append(f"{name}: {line.strip(' =' + chr(10))}")
+    return closing
+
+
+def run_tox(command: list[str], beside: list[str]) -> int:
+    """Run tox, and `beside` it another one if there is one, whose output is shown at the end."""
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        other = start_tox(beside, said) if beside else None
+        process = start_tox(command, subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            closing = pass_on(process.stdout)
+            status = process.wait()
+            if other is not None:
+                status = other.wait() or status
+                said.seek(0)
+                closing = [*pass_on(said), *closing]
+        finally:
+            for one in filter(None, (process, other)):
+                one.terminate()
+                one.wait()
     print()
     for line in closing:
         say(line)
-    return process.returncode
+    return status
 
 
 def main() -> int:
@@ -209,11 +236,18 @@ def main() -> int:
         install_system_packages()
     python = prepare_tox(list(found.values()), may_install=options.system_packages)
 
-    # The interpreters last: what pytest says is then what is read last.
-    names = options.env or ",".join(STATIC + [f"py{major}{minor}" for major, minor in found])
-    command = [python, "-m", "tox", "run", "--skip-missing-interpreters", "false"]
-    command += ["--discover", *found.values(), "-e", names]
-    status = run_tox(command + (["--", *options.posargs] if options.posargs else []))
+    tox = [python, "-m", "tox", "run", "--skip-missing-interpreters", "false"]
+    tox += ["--discover", *found.values()]
+    if options.env:
+        names, beside = options.env, []
+    else:
+        # What takes long keeps one CPU busy, and so do the interpreters, one after the other.
+        names = ",".join(STATIC + [f"py{major}{minor}" for major, minor in found])
+        beside = [*tox, "--workdir", os.path.join(ROOT, ".tox", ".beside"), "-e", BESIDE]
+    status = run_tox(
+        [*tox, "-e", names, *(["--", *options.posargs] if options.posargs else [])], beside
+    )
+    names += f",{BESIDE}" if beside else ""
     say(f"{'passed' if status == 0 else 'FAILED'} after {time.monotonic() - began:.0f} s: {names}")
     return status
 

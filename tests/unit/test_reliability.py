@@ -72,7 +72,7 @@ open(sys.argv[-1].partition("=")[2], "w").write('{"runs": 7}')"""
     made = part(code)
     first = section_of(made, False, tmp_path)
     assert section_of(made, False, tmp_path) == first
-    monkeypatch.setattr(reliability, "sources", lambda: "others")
+    monkeypatch.setattr(reliability, "sources", lambda _: "others")
     assert section_of(made, False, tmp_path) != first
 
 
