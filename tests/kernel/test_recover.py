@@ -324,18 +324,24 @@ def test_names_on_a_mount_without_a_clone(tmp_path: Path) -> None:
         scene.assert_as_before()
 
 
-def test_name_that_another_file_has(scene: Scene) -> None:
+def test_name_that_another_file_has(tmp_path: Path) -> None:
     """The old name of a ghost is removed only where it is the ghost."""
-    scene.crash("open")  # with its answer lost, the names are owed, though they are gone
+    made = ImageSet()
+    made.mount("/")
+    made.mount("/data", flags=0x200001)
+    made.task(1)
+    made.open(1, 3, "/data/d/gone", ghost=made.ghost(b"content"))
+    with live([MOUNTS[0]]) as (target,):
+        scene = Scene(target, made.write(tmp_path))
+        scene.crash("open")  # with its answer lost, the name is owed, though it is gone
 
-    def put() -> None:
-        Path("/data/d/gone").write_text("somebody's")
+        def put() -> None:
+            Path("/data/d/gone").write_text("somebody's")
 
-    scene.target.inside(put)  # the mount is writable still
-    done = recovered()
-    assert "another file has the name now" in done.out
-    found = scene.target.inside(lambda: Path("/data/d/gone").read_text())
-    assert found == "somebody's"
+        target.inside(put)  # the mount is writable still
+        done = recovered()
+        assert "another file has the name now" in done.out
+        assert target.inside(lambda: Path("/data/d/gone").read_text()) == "somebody's"
 
 
 def test_directory_that_was_exchanged(scene: Scene) -> None:
