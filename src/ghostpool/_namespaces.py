@@ -71,9 +71,9 @@ class _Listing:
                         return  # an older kernel, or not ours to list
                     if following is None:
                         break
-                    yield os.dup(following)
                     os.close(at)
                     at = following
+                    yield os.dup(at)
             finally:
                 os.close(at)
         self.whole = True

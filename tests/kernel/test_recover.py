@@ -26,8 +26,9 @@ import pytest
 
 from ghostpool import _linux
 from ghostpool._buildspec import Node
-from ghostpool._journal import MAGIC, Journal
+from ghostpool._journal import MAGIC, Journal, JournalNamespace
 from ghostpool._linux import Attr
+from ghostpool._namespaces import find_namespaces
 from tests.kernel.test_guardian import IMAGES, look
 from tests.kernel.test_steps import CASE, IDS
 from tests.support.corpus import corpus
@@ -419,6 +420,19 @@ def test_namespace_that_only_a_file_keeps(scene: Scene) -> None:
     recovered()
     os.kill(scene.target.pid, signal.SIGCONT)
     scene.assert_as_before()
+
+
+def test_finding_a_namespace_keeps_no_other_open(scene: Scene) -> None:
+    """Who has found all that it wants stops in the middle of the kernel's list."""
+    inode, unique = os.fstat(scene.target.fd).st_ino, _linux.mount_namespace_id(scene.target.fd)
+    wanted = JournalNamespace(7, inode, unique, "wanted", False, None)
+    before = set(os.listdir("/proc/self/fd"))
+    found, saw_all = find_namespaces([wanted])
+    assert list(found) == [7]
+    assert saw_all
+    assert os.fstat(found[7]).st_ino == inode
+    _linux.close_all(found.values())
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_namespace_that_can_not_be_seen(scene: Scene) -> None:
