@@ -7,6 +7,7 @@ As root; everything happens in private mount namespaces.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.images import Shape, write_images
 from ghostpool._buildspec import MountSpec, NamespaceSpec
@@ -66,6 +67,15 @@ class Outcome(NamedTuple):
     untouched: bool
     """The mount tables of the namespaces that were there before are as before."""
     report: dict[str, object]
+
+    def document(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "status": self.status,
+            "elapsed_s": round(self.elapsed_s, 3),
+            "untouched": self.untouched,
+            "line": self.line(),
+        }
 
     def line(self) -> str:
         workers = self.report["workers"]
@@ -143,17 +153,27 @@ def scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="ghostpool-load-", dir=place)
 
 
-def main() -> None:
-    """Run all cases, or those whose names hold a word of the command line."""
+def main() -> int:
+    """Run all cases, or those whose names hold a word; 1 if one was neither done nor refused."""
+    parser = argparse.ArgumentParser(prog="python -m tests.load", description=main.__doc__)
+    parser.add_argument("words", nargs="*", metavar="WORD")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what came out")
+    options = parser.parse_args()
+    results = {}
     for name, case in CASES.items():
-        if sys.argv[1:] and not any(word in name for word in sys.argv[1:]):
+        if options.words and not any(word in name for word in options.words):
             continue
         with scratch() as directory:
             outcome = run(case, Path(directory))
-            print(f"{name}: {outcome.line()}", flush=True)
-            if outcome.err:
-                print(f"    {outcome.err.strip()}", flush=True)
+        print(f"{name}: {outcome.line()}", flush=True)
+        if outcome.err:
+            print(f"    {outcome.err.strip()}", flush=True)
+        results[name] = outcome.document()
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    good = all(one["status"] in (0, 2) and one["untouched"] for one in results.values())
+    return 0 if results and good else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
