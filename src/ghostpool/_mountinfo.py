@@ -128,6 +128,12 @@ class MountTable:
         for lines in self._lines.values():
             yield from map(parse_line, lines)
 
+    def with_id(self, mnt_id: int) -> LiveMount | None:
+        """The mount with this number; no other line is parsed."""
+        start = b"%d " % mnt_id
+        lines = (line for lines in self._lines.values() for line in lines)
+        return next((parse_line(line) for line in lines if line.startswith(start)), None)
+
     def stack(self, mountpoint: bytes) -> list[LiveMount]:
         """The mounts on `mountpoint`, bottom first.
 

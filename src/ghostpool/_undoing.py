@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import anyio
 
@@ -35,6 +36,7 @@ BUSY_S = 2.0
 """Seconds that a busy mount is tried again."""
 _JOBS = 8
 _RDONLY = int(_linux.Attr.RDONLY)
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -96,9 +98,11 @@ class Undoing:
         self._file = file
         self._pool: WorkerPool
         self._tables: dict[int, MountTable] = {}
-        self._found: dict[int, LiveMount | Exception] = {}
+        self._found: dict[Hashable, Any] = {}
+        """What was looked for once, or why it can not be had; see `_once`."""
         self._saw_all = False
         """A namespace that was not found does not exist any more."""
+        self._by_device: dict[int, list[tuple[int, LiveMount]]] | None = None
         self._handles = 2 * len(journal.mounts) + 2
 
     async def undo(self) -> None:
@@ -149,17 +153,22 @@ class Undoing:
         namespace = self._journal.namespaces[mount.namespace]
         return f"{text(mount.mountpoint)} in {namespace.label}"
 
-    async def _live(self, handle: int) -> LiveMount:
-        """The mount as it is now, identified and open. _Gone, _Left."""
-        if handle not in self._found:
+    async def _once(self, key: Hashable, find: Callable[[], Awaitable[_T]]) -> _T:
+        """What `find` gave when it was first asked for `key`, or raised. _Gone, _Left."""
+        if key not in self._found:
             try:
-                self._found[handle] = await self._identify(self._journal.mounts[handle])
+                self._found[key] = await find()
             except (_Gone, _Left) as reason:
-                self._found[handle] = reason
-        found = self._found[handle]
+                self._found[key] = reason
+        found: _T | Exception = self._found[key]
         if isinstance(found, Exception):
             raise found
         return found
+
+    async def _live(self, handle: int) -> LiveMount:
+        """The mount as it is now, identified and open. _Gone, _Left."""
+        mount = self._journal.mounts[handle]
+        return await self._once(("mount", handle), lambda: self._identify(mount))
 
     async def _identify(self, mount: JournalMount) -> LiveMount:
         label = self._label(mount)
@@ -171,7 +180,7 @@ class Undoing:
                 f"{label}: its namespace can not be found from here: recover in the initial pid "
                 "and user namespaces (Linux 6.12 lists all), or give the run up with --forget"
             )
-        live = next((m for m in table if m.mnt_id == mount.mnt_id), None)
+        live = table.with_id(mount.mnt_id)
         if live is None:
             raise _Gone(f"{label}: it was taken off")
         facts = await self._open(mount.namespace, MountHandle(mount.handle), live, label)
@@ -302,30 +311,38 @@ class Undoing:
             gone = reason
         path = join(mount.root.strip(b"/"), anchor.path)
         unusable: _Left | None = None
-        for target, table in self._tables.items():
-            for live in table:
-                root = live.root.strip(b"/")
-                if (
-                    live.device != mount.device
-                    or not is_below(path, root)
-                    or not is_below(mount.root.strip(b"/"), root)
-                ):
-                    continue
-                handle = MountHandle(self._handles)
-                self._handles += 2
-                try:
-                    facts = await self._open(target, handle, live, text(live.mountpoint))
-                except _Left as reason:
-                    unusable = reason
-                    continue
-                if facts.fsid != mount.fsid or not (facts.fsid or os.major(live.device)):
-                    continue  # another file system has the device number by now, or may have
-                if live.superblock_read_only:
-                    unusable = _Left(f"{text(live.mountpoint)}: its superblock is read-only now")
-                    continue
-                below = relative_to(mount.root.strip(b"/"), root)
-                return _Place(target, live, handle, below)
+        for target, live in self._mounts_of(mount.device):
+            root = live.root.strip(b"/")
+            if not is_below(path, root) or not is_below(mount.root.strip(b"/"), root):
+                continue
+            try:
+                key = ("other", target, live.mnt_id)
+                handle, facts = await self._once(key, partial(self._open_other, target, live))
+            except _Left as reason:
+                unusable = reason
+                continue
+            if facts.fsid != mount.fsid or not (facts.fsid or os.major(live.device)):
+                continue  # another file system has the device number by now, or may have
+            if live.superblock_read_only:
+                unusable = _Left(f"{text(live.mountpoint)}: its superblock is read-only now")
+                continue
+            return _Place(target, live, handle, relative_to(mount.root.strip(b"/"), root))
         raise unusable or gone
+
+    def _mounts_of(self, device: int) -> list[tuple[int, LiveMount]]:
+        """Mounts of a file system in all namespaces that were found, with their targets."""
+        if self._by_device is None:
+            self._by_device = {}
+            for target, table in self._tables.items():
+                for live in table:
+                    self._by_device.setdefault(live.device, []).append((target, live))
+        return self._by_device.get(device, [])
+
+    async def _open_other(self, target: int, live: LiveMount) -> tuple[MountHandle, MountFacts]:
+        """Open a mount that the journal does not know."""
+        handle = MountHandle(self._handles)
+        self._handles += 2
+        return handle, await self._open(target, handle, live, text(live.mountpoint))
 
     async def _check_anchor(self, place: _Place, anchor: Anchor, label: str) -> None:
         directory = join(place.below, anchor.path)

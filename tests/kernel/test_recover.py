@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -497,37 +498,56 @@ def test_few_descriptors(tmp_path: Path) -> None:
         scene.assert_as_before()
 
 
-def test_names_outlive_their_namespace(tmp_path: Path) -> None:
-    """A dead container's volume: they are found through the mount that it was bound from."""
+@contextmanager
+def dead_volume(tmp_path: Path, made: Path) -> Iterator[Path]:
+    """A directory that a dead container had bound, with what a dead run left in it."""
     volume = tmp_path / "volume"
     (volume / "d").mkdir(parents=True)
     data = tmpfs(2, b"/data", external=os.fsencode(volume), attributes=ATTRIBUTES)
     with live([data, read_only(3, b"/other", "keep")]) as (target,):
-        Scene(target, images(tmp_path / "images")).crash()
-    assert len([path.name for path in volume.rglob(".ghostpool-*")]) == 2
-    done = recovered()
-    assert "its namespace is gone" in done.out
-    assert [path.name for path in volume.rglob("*")] == ["d"]
+        Scene(target, made).crash()
+    assert list(volume.rglob(".ghostpool-*"))
+    yield volume
+
+
+def test_names_outlive_their_namespace(tmp_path: Path) -> None:
+    """A dead container's volume: they are found through the mount that it was bound from."""
+    with dead_volume(tmp_path, images(tmp_path / "images")) as volume:
+        assert len(list(volume.rglob(".ghostpool-*"))) == 2
+        done = recovered()
+        assert "its namespace is gone" in done.out
+        assert [path.name for path in volume.rglob("*")] == ["d"]
+
+
+def test_many_names_through_another_mount(tmp_path: Path) -> None:
+    """It is looked for and opened once, not for each of them."""
+    made = ImageSet()
+    made.mount("/")
+    made.mount("/data", flags=0x200001)
+    made.task(1)
+    for number in range(200):
+        made.open(1, 3 + number, f"/data/d/gone-{number}", ghost=made.ghost(b"x"))
+    with dead_volume(tmp_path, made.write(tmp_path / "images")) as volume:
+        command = f"ulimit -n 80; exec {sys.executable} -m ghostpool recover"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        assert [path.name for path in volume.rglob("*")] == ["d"]
 
 
 def test_another_file_system_with_the_same_numbers(tmp_path: Path) -> None:
     """Device numbers are used again; the number of the file system itself decides."""
-    volume = tmp_path / "volume"
-    (volume / "d").mkdir(parents=True)
-    data = tmpfs(2, b"/data", external=os.fsencode(volume), attributes=ATTRIBUTES)
-    with live([data, read_only(3, b"/other", "keep")]) as (target,):
-        Scene(target, images(tmp_path / "images")).crash()
-    (name,) = journals()
-    path = run_directory() / name
-    whole = path.read_bytes()
-    (fsid,) = {m.fsid for m in Journal(whole).mounts.values() if m.mountpoint == b"/data"}
-    assert fsid
-    path.write_bytes(_with_record(whole, "mount", lambda m: (*m[:-1], m[-1] ^ 1)))
-    left = sorted(volume.rglob("*"))
-    assert len(left) == 3
-    done = recovered()
-    assert "its namespace is gone" in done.out
-    assert sorted(volume.rglob("*")) == left
+    with dead_volume(tmp_path, images(tmp_path / "images")) as volume:
+        (name,) = journals()
+        path = run_directory() / name
+        whole = path.read_bytes()
+        (fsid,) = {m.fsid for m in Journal(whole).mounts.values() if m.mountpoint == b"/data"}
+        assert fsid
+        path.write_bytes(_with_record(whole, "mount", lambda m: (*m[:-1], m[-1] ^ 1)))
+        left = sorted(volume.rglob("*"))
+        assert len(left) == 3
+        done = recovered()
+        assert "its namespace is gone" in done.out
+        assert sorted(volume.rglob("*")) == left
 
 
 def _with_record(data: bytes, kind: str, change: Callable[[tuple[Any, ...]], Any]) -> bytes:
