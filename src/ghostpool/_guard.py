@@ -202,8 +202,7 @@ class Guard:
             _journal.remove(self._directory, self._name)
             return
         try:
-            data = os.pread(self._lock_fd, os.fstat(self._lock_fd).st_size, 0)
-            journal = Journal(data)
+            journal = Journal.read(self._lock_fd)
             os.ftruncate(self._lock_fd, journal.end)
             file = JournalFile(self._directory, self._lock_fd, self._name, journal.end)
             file.append("settle", [key for key in journal.debts if key not in self._owed])
@@ -222,7 +221,6 @@ def _facts(token: str, plan: Plan, identities: Mapping[MountHandle, int]) -> lis
             target.identity[1],
             _linux.mount_namespace_id(target.fd),
             target.label,
-            target.is_host,
             target.enter,
         )
         for target in targets.values()

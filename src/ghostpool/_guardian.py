@@ -20,7 +20,7 @@ from typing import Any
 
 from ghostpool import _linux
 from ghostpool._capabilities import GUARDIAN, Cap, Capabilities
-from ghostpool._identity import start_time
+from ghostpool._identity import all_ended, start_time
 from ghostpool._journal import Debts, JournalFile
 from ghostpool._protocol import BlockingChannel, EndOfStream
 from ghostpool._worker import Worker
@@ -88,24 +88,19 @@ class Guardian(Worker):
         except OSError:
             pass
 
-    def _close(self, _: list[int]) -> bool:
-        """The run is over: whether nothing is owed, so that its journal could go.
-
-        What could not be undone stays in the journal, and the user has been told.
-        """
-        settled = not self._debts
-        if settled and self._journal is not None:
+    def _close(self, _: list[int]) -> None:
+        """The run is over. What could not be undone stays in the journal, and the user knows."""
+        if self._journal is not None and not self._debts:
             self._journal.remove()
         self._debts.clear()
         self._journal = None
-        return settled
 
     def undo(self) -> None:
         """Undo everything that is owed; what resists does not stop the rest."""
         if self._journal is None:
             return
         owed = len(self._debts)
-        all_ended = self._await_workers() if owed else True
+        workers_ended = self._await_workers() if owed else True
         said: list[str] = []
         undone: list[Any] = []
         busy: list[Any] = []
@@ -115,7 +110,7 @@ class Guardian(Worker):
             except Exception as error:  # noqa: BLE001  nobody is left to raise it to
                 said.append(f"{keys[0]}: {error!r}")
                 continue
-            if all_ended:
+            if workers_ended:
                 self._settle([], done)
             undone += done
             busy += [key for key in keys if key[0] == "mount" and key not in done]
@@ -123,12 +118,12 @@ class Guardian(Worker):
         while busy and time.monotonic() < give_up:
             time.sleep(0.05)
             undone += (done := [key for key in busy if self._again(key)])
-            if all_ended:
+            if workers_ended:
                 self._settle([], done)
             busy = [key for key in busy if key not in done]
         if not self._debts:
             self._journal.remove()
-        if not all_ended:
+        if not workers_ended:
             said.append("a worker hangs, and may still do what it was asked for")
         # The lock is let go of first: nobody may listen, and recover is to be able to work.
         os.close(self._journal.fileno())
@@ -173,8 +168,7 @@ class Guardian(Worker):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             except OSError:
                 pass  # it has ended
-        give_up = time.monotonic() + WORKERS_S
-        return all(_has_ended(pidfd, give_up) for pidfd in self._workers)
+        return all_ended(self._workers, WORKERS_S)
 
     def _again(self, key: Any) -> bool:
         try:
@@ -186,12 +180,6 @@ class Guardian(Worker):
         """Whether the mount is read-only again, or gone."""
         (answer,) = self._requests["make_read_only"]([], [handle])
         return answer is None or answer[0] in (errno.EINVAL, errno.ENOENT)
-
-
-def _has_ended(pidfd: int, give_up: float) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(max(0.0, give_up - time.monotonic()) * 1000))
 
 
 def _say(text: str) -> None:

@@ -7,6 +7,9 @@ together with the boot; what is written down for later is written down with them
 from __future__ import annotations
 
 import os
+import select
+import time
+from collections.abc import Iterable
 
 _START_TIME = 19
 """Index in /proc/PID/stat, counted from the field after the name: proc_pid_stat(5)."""
@@ -27,6 +30,19 @@ def start_time(pid: int) -> int:
     except FileNotFoundError as error:
         raise ProcessLookupError(f"no process {pid}") from error
     return int(fields.split()[_START_TIME])
+
+
+def has_ended(pidfd: int, within_s: float = 0.0) -> bool:
+    """Whether the process has ended, or does so within so many seconds: pidfd_open(2)."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(within_s * 1000))
+
+
+def all_ended(pidfds: Iterable[int], within_s: float) -> bool:
+    """Whether all of them have ended, or do so within so many seconds together."""
+    give_up = time.monotonic() + within_s
+    return all(has_ended(pidfd, max(0.0, give_up - time.monotonic())) for pidfd in pidfds)
 
 
 def pid_namespace() -> int:

@@ -61,7 +61,6 @@ class JournalNamespace(NamedTuple):
     unique_id: int
     """0 where the kernel has none (before Linux 6.11)."""
     label: str
-    is_host: bool
     enter: str | None
     """Pid or path that the operator named it by."""
 
@@ -228,7 +227,7 @@ def remove(directory: int, name: str) -> None:
 def discard(directory: int, name: str) -> None:
     """Take away a journal that may be there, as far as that is possible."""
     try:
-        os.unlink(name, dir_fd=directory)
+        remove(directory, name)
     except OSError:
         pass
 
@@ -240,6 +239,11 @@ def _frame(record: tuple[Any, ...]) -> bytes:
 
 class Journal:
     """What a journal says: `debts`, and who and what is meant by their numbers."""
+
+    @classmethod
+    def read(cls, fd: int) -> Journal:
+        """The journal at a descriptor. JournalError, OSError."""
+        return cls(os.pread(fd, os.fstat(fd).st_size, 0))
 
     def __init__(self, data: bytes) -> None:
         """JournalError: not even the run can be told from it."""

@@ -135,8 +135,8 @@ class WorkerPool:
                 finally:
                     worker.kill()  # cancelled or not: nobody else knows it any more
 
-    async def _worker(self, slot: int, *, unwatched: bool = False) -> WorkerClient:
-        """The slot's worker. `unwatched`: it is no matter that nobody is left to watch it."""
+    async def _worker(self, slot: int, unwatched: bool) -> WorkerClient:
+        """The slot's worker; see `call`."""
         async with self._locks[slot]:
             await self._bury(slot)
             worker = self._slots[slot]
@@ -201,17 +201,19 @@ class WorkerPool:
         fds: Iterable[int] = (),
         deadline_s: float = math.inf,
         stall_s: float = math.inf,
+        unwatched: bool = False,
     ) -> tuple[Any, list[int]]:
         """Have the slot's worker do one request in a target namespace.
 
         WorkerFailure: an operation failed. WorkerDied: the worker ended. WorkerHung: it was
         killed, since it showed no sign of life for `stall_s` seconds, or those of all workers.
+        `unwatched`: it is no matter that nobody is left to watch the worker.
         """
         handles = list(mounts)
         async with AsyncExitStack() as stack:
             if self._memory is not None and request in _HEAVY:
                 await stack.enter_async_context(self._memory.turn())
-            worker = await self._worker(slot)
+            worker = await self._worker(slot, unwatched)
             try:
                 return await worker.call(
                     request,
@@ -249,7 +251,6 @@ class WorkerPool:
         handles = list(mounts)
         for left in reversed(range(INSIST)):
             try:
-                await self._worker(slot, unwatched=True)
                 return await self.call(
                     slot,
                     request,
@@ -258,6 +259,7 @@ class WorkerPool:
                     mounts=handles,
                     deadline_s=deadline_s,
                     stall_s=INSIST_STALL_S,
+                    unwatched=True,
                 )
             except WorkerDied as error:
                 if not left or not await self._has_ended(slot):

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import resource
-import select
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -23,6 +22,7 @@ from ghostpool import _linux
 from ghostpool._capabilities import COMMAND
 from ghostpool._channel import Channel
 from ghostpool._errors import WorkerDied, WorkerHung, alone
+from ghostpool._identity import has_ended
 from ghostpool._launch import Launched
 from ghostpool._protocol import MAX_FDS
 from ghostpool._stall import STALL_S, Vigil, condition
@@ -358,7 +358,5 @@ async def _see_off(pidfd: int, name: str, give_up: float) -> None:
         return
     with anyio.move_on_after(give_up - anyio.current_time()):
         await anyio.wait_readable(pidfd)
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    if not poll.poll(0):
+    if not has_ended(pidfd):
         log.warning("%s is left behind, %s", name, condition(pidfd))

@@ -14,7 +14,6 @@ import errno
 import fcntl
 import logging
 import os
-import select
 import signal
 import socket
 import time
@@ -25,7 +24,7 @@ import anyio
 
 from ghostpool import _journal, _linux
 from ghostpool._errors import GhostpoolError, PlanError
-from ghostpool._identity import boot_id, pid_namespace, start_time
+from ghostpool._identity import all_ended, boot_id, has_ended, pid_namespace, start_time
 from ghostpool._journal import Journal, JournalError, JournalFile, JournalProcess
 from ghostpool._model import live_of
 from ghostpool._paths import join, text
@@ -74,7 +73,7 @@ def forget(directory: int, token: str) -> str:
             if fd is None:
                 raise PlanError(f"run {token} is alive")
             try:
-                debts = Journal(os.pread(fd, os.fstat(fd).st_size, 0)).debts
+                debts = Journal.read(fd).debts
                 mounts = sum(debt.kind == "mount" for debt in debts.values())
                 owed = f"{mounts} mounts and {len(debts) - mounts} sets of names were still owed"
             except JournalError as error:
@@ -137,7 +136,7 @@ async def _undo(
 ) -> RecoveredRun:
     run = RecoveredRun(name.removesuffix(_journal.SUFFIX))
     try:
-        journal = Journal(os.pread(fd, os.fstat(fd).st_size, 0))
+        journal = Journal.read(fd)
     except JournalError as error:
         run.state = "unreadable"
         run.refused.append(f"its journal: {error}")
@@ -182,7 +181,7 @@ def _wake_guardian(directory: int, name: str, run: RecoveredRun) -> bool:
     """
     fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:
-        journal = Journal(os.pread(fd, os.fstat(fd).st_size, 0))
+        journal = Journal.read(fd)
     except JournalError:
         return False  # it is being written
     finally:
@@ -193,7 +192,7 @@ def _wake_guardian(directory: int, name: str, run: RecoveredRun) -> bool:
     owner = _pidfd(JournalProcess(run.pid, journal.run.start_time))
     if owner >= 0:
         try:
-            if not _has_ended(owner, 0.0):
+            if not has_ended(owner):
                 return False
         finally:
             os.close(owner)
@@ -202,7 +201,7 @@ def _wake_guardian(directory: int, name: str, run: RecoveredRun) -> bool:
         return False
     try:
         signal.pidfd_send_signal(guardian, signal.SIGCONT)
-        if _has_ended(guardian, time.monotonic() + DEATH_S):
+        if has_ended(guardian, DEATH_S):
             return True
     except ProcessLookupError:
         return True
@@ -218,11 +217,10 @@ def _end_processes(journal: Journal, dry_run: bool) -> bool:
         return True  # their pids mean nothing here; they die with their fork server
     pidfds = [fd for one in journal.processes if (fd := _pidfd(one)) >= 0]
     try:
-        give_up = time.monotonic() + DEATH_S
         for pidfd in pidfds:
             if not dry_run:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        return all(_has_ended(pidfd, give_up) for pidfd in pidfds)
+        return all_ended(pidfds, DEATH_S)
     finally:
         _linux.close_all(pidfds)
 
@@ -240,12 +238,6 @@ def _pidfd(process: JournalProcess) -> int:
         pass
     os.close(pidfd)
     return -1
-
-
-def _has_ended(pidfd: int, give_up: float) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(max(0.0, give_up - time.monotonic()) * 1000))
 
 
 def _sweep(directory: int) -> None:

@@ -11,8 +11,8 @@ import os
 import resource
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -131,6 +131,17 @@ class Prepared:
         self.pool.mounts.clear()
 
 
+@contextmanager
+def _all_descriptors() -> Iterator[tuple[int, int]]:
+    """RLIMIT_NOFILE as far up as it goes, for the time of the block; what it was and is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield soft, hard
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @asynccontextmanager
 async def prepared(
     request: Request,
@@ -149,62 +160,54 @@ async def prepared(
     def admit(planner: Planner) -> None:
         _needs.check(planner.counts(request.holds), request.jobs, request.consumers, hard)
 
-    soft_limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    targets: list[Target] = []
-    try:
-        async with ForkServer.running(launched, request.stall_s) as server:
-            reading = request.reading or start_reading(request.images_dir, request.max_size)
-            if isinstance(reading, PlanError):
-                raise reading
-            try:
-                images = await read_apart(reading)
-                if before is not None:
-                    await before(server)
-                by_id, targets = await _targets(request, images, server, hard)
-                memory = _memory_bound(request, server)
-                async with WorkerPool.running(
-                    server,
-                    request.jobs,
-                    targets,
-                    mount_setattr=request.mount_setattr,
-                    devices=request.policy.allow_devices,
-                    memory=memory,
-                ) as pool:
-                    pool.images = reading.directory
-                    try:
-                        survey = Survey(pool, images, request.policy, admit)
-                        plan = await survey.plan(by_id, secrets.token_hex(6).encode())
-                        report.plan = plan
-                        report.identities = survey.identities
-                        _log_plan(plan)
-                        check(plan)
-                        if memory is not None:
-                            await memory.check()
-                        report.ready = not plan.refusals
-                        yield Prepared(
-                            request,
-                            server,
-                            pool,
-                            by_id,
-                            plan,
-                            survey.identities,
-                            report,
-                            soft_limit,
-                        )
-                    finally:
-                        with anyio.CancelScope(shield=True):
-                            await pool.stop()
-                        report.workers = max(report.workers, pool.started)
-                        report.peak_rss = max(report.peak_rss, pool.peak_rss)
-                        if memory is not None:
-                            report.memory = (memory.limit, memory.peak)
-            finally:
-                os.close(reading.directory)
-    finally:
-        _linux.close_all(target.fd for target in targets)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard))
+    def conclude() -> None:
         report.elapsed_s = time.monotonic() - begun
+
+    async with AsyncExitStack() as stack:
+        stack.callback(conclude)
+        soft_limit, hard = stack.enter_context(_all_descriptors())
+        server = await stack.enter_async_context(ForkServer.running(launched, request.stall_s))
+        reading = request.reading or start_reading(request.images_dir, request.max_size)
+        if isinstance(reading, PlanError):
+            raise reading
+        stack.callback(os.close, reading.directory)
+        images = await read_apart(reading)
+        if before is not None:
+            await before(server)
+        by_id, targets = await _targets(request, images, server, hard)
+        stack.callback(_linux.close_all, [target.fd for target in targets])
+        memory = _memory_bound(request, server)
+        pool = await stack.enter_async_context(
+            WorkerPool.running(
+                server,
+                request.jobs,
+                targets,
+                mount_setattr=request.mount_setattr,
+                devices=request.policy.allow_devices,
+                memory=memory,
+            )
+        )
+        pool.images = reading.directory
+        try:
+            survey = Survey(pool, images, request.policy, admit)
+            plan = await survey.plan(by_id, secrets.token_hex(6).encode())
+            report.plan = plan
+            report.identities = survey.identities
+            _log_plan(plan)
+            check(plan)
+            if memory is not None:
+                await memory.check()
+            report.ready = not plan.refusals
+            yield Prepared(
+                request, server, pool, by_id, plan, survey.identities, report, soft_limit
+            )
+        finally:
+            with anyio.CancelScope(shield=True):
+                await pool.stop()
+            report.workers = max(report.workers, pool.started)
+            report.peak_rss = max(report.peak_rss, pool.peak_rss)
+            if memory is not None:
+                report.memory = (memory.limit, memory.peak)
 
 
 def _memory_bound(request: Request, server: ForkServer) -> MemoryBound | None:
@@ -295,10 +298,6 @@ async def run_recover(launched: Launched, directory: int, dry_run: bool) -> list
     """Undo what dead runs owe; `directory` is the run directory."""
     from ghostpool._recover import recover
 
-    soft_limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    try:
+    with _all_descriptors():
         async with ForkServer.running(launched) as server:
             return await recover(server, directory, dry_run=dry_run)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard))

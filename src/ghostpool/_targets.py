@@ -7,12 +7,12 @@ once, as a descriptor: a pid that is reused, or a file that is replaced, can not
 from __future__ import annotations
 
 import os
-import select
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ghostpool import _linux
 from ghostpool._errors import NamespaceNotFound, UnsupportedError
+from ghostpool._identity import has_ended
 from ghostpool._linux import close_all
 from ghostpool._model import HOST_NS, Images, NsId
 
@@ -95,9 +95,7 @@ def _open_namespace(where: str) -> tuple[int, str]:
         except OSError as error:
             raise NamespaceNotFound(f"mount namespace of pid {pid}: {error.strerror}") from error
         # The descriptor is the pid's own only if the process was still there after the open.
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        if poll.poll(0):
+        if has_ended(pidfd):
             os.close(fd)
             raise NamespaceNotFound(f"process {pid} has ended")
         return fd, str(pid)

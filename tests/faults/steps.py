@@ -43,6 +43,7 @@ NOT_SCANNED = {
 }
 
 EXEMPT = {
+    ("_journal", "read"): "the coordinator's and recover's, which say what they can not read",
     ("_worker", "main"): "before the first request: as a worker killed at its first call",
     ("_worker", "_last_words"): "getrusage(2) of oneself can not fail",
     (

@@ -426,7 +426,7 @@ def test_namespace_that_only_a_file_keeps(scene: Scene) -> None:
 def test_finding_a_namespace_keeps_no_other_open(scene: Scene) -> None:
     """Who has found all that it wants stops in the middle of the kernel's list."""
     inode, unique = os.fstat(scene.target.fd).st_ino, _linux.mount_namespace_id(scene.target.fd)
-    wanted = JournalNamespace(7, inode, unique, "wanted", False, None)
+    wanted = JournalNamespace(7, inode, unique, "wanted", None)
     before = set(os.listdir("/proc/self/fd"))
     found, saw_all = find_namespaces([wanted])
     assert list(found) == [7]

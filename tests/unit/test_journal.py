@@ -14,7 +14,7 @@ from ghostpool import _linux
 from ghostpool._journal import MAGIC, Debts, Journal, JournalError, JournalFile
 
 RUN = ("run", "0123456789ab", 17, 1000, 4026531836, "boot", 1_700_000_000)
-NAMESPACE = ("namespace", 0, 4026532100, 12, "mnt:[4026532100] (pid 17)", False, "17")
+NAMESPACE = ("namespace", 0, 4026532100, 12, "mnt:[4026532100] (pid 17)", "17")
 MOUNT = ("mount", 0, 0, 1 << 32, 41, b"/data", b"/", 2049, 0x27, 77)
 REMOVAL = (1, b"d", b".ghostpool-0123456789ab-1", False, 0, 0, (), None)
 NAMES: tuple[Any, ...] = (("ghost", 1), "names", 0, [REMOVAL], (b"d", 2049, 77))
