@@ -23,6 +23,27 @@ from ghostpool._protocol import (
 _CMSG_SPACE = socket.CMSG_SPACE(253 * 4)
 
 
+async def receive_some(
+    end: socket.socket, most: int, space: int = 0
+) -> tuple[bytes, list[tuple[int, int, bytes]], int]:
+    """At least one byte of a stream, what came with it in `space` bytes, and the flags.
+
+    Descriptors for which there is no space are closed by the kernel. anyio.EndOfStream when the
+    other end has closed.
+    """
+    while True:
+        try:
+            data, ancillary, flags, _ = end.recvmsg(most, space, socket.MSG_CMSG_CLOEXEC)
+            break
+        except BlockingIOError:
+            await anyio.wait_readable(end)
+        except ConnectionError:
+            raise anyio.EndOfStream from None
+    if not data:
+        raise anyio.EndOfStream
+    return data, ancillary, flags
+
+
 class Channel:
     """A frame channel for one sender and one receiver at a time; works on trio and asyncio."""
 
@@ -74,18 +95,7 @@ class Channel:
 
     async def _some(self, most: int, space: int = 0) -> bytes:
         """At least one byte; descriptors that come with it, in `space` bytes, are kept aside."""
-        while True:
-            try:
-                data, ancillary, flags, _ = self._socket.recvmsg(
-                    most, space, socket.MSG_CMSG_CLOEXEC
-                )
-                break
-            except BlockingIOError:
-                await anyio.wait_readable(self._socket)
-            except ConnectionError:
-                raise anyio.EndOfStream from None
-        if not data:
-            raise anyio.EndOfStream
+        data, ancillary, flags = await receive_some(self._socket, most, space)
         self._fds += take_rights(ancillary, flags)
         return data
 

@@ -16,10 +16,10 @@ import os
 import resource
 import signal
 import struct
-import sys
 from typing import NamedTuple
 
 from ghostpool import _linux
+from ghostpool._seal import seal_imports
 
 MEMORY = 512 << 20
 """Address space, in bytes."""
@@ -130,7 +130,7 @@ def confine(directory: int) -> Confined:
     Without the right to change the root directory nothing can be opened any more. OSError: one of
     the layers that every kernel has could not be put in place.
     """
-    _seal_imports()
+    seal_imports()
     root = _enter(directory)
     _drop_capabilities()
     _limit()
@@ -138,13 +138,6 @@ def confine(directory: int) -> Confined:
     _linux.prctl(_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
     _linux.prctl(_linux.PR_SET_NO_NEW_PRIVS, 1)
     return Confined(root, _filter(root))
-
-
-def _seal_imports() -> None:
-    """No module can be loaded: below the new root they would be those of the images' author."""
-    for finders in (sys.meta_path, sys.path_hooks, sys.path):
-        finders.clear()
-    sys.path_importer_cache.clear()
 
 
 def _enter(directory: int) -> bool:

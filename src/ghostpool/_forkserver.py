@@ -14,12 +14,12 @@ import os
 import resource
 import select
 import signal
-import sys
 from typing import Any
 
 from ghostpool import _build, _buildspec, _capabilities, _command, _guardian, _linux, _worker
 from ghostpool._failed import Work
 from ghostpool._protocol import BlockingChannel, EndOfStream
+from ghostpool._seal import seal_imports
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -121,18 +121,6 @@ def _build_namespaces(channel: BlockingChannel, specs: Any) -> None:
         channel.send(None, namespaces[:batch])
         namespaces = namespaces[batch:]
     channel.send((True, ()), namespaces)
-
-
-def seal_imports() -> None:
-    """No module can be loaded from now on.
-
-    In a container's mount namespace sys.path leads to the container's files: an import that
-    somebody forgot would run its code, as root of the host.
-    """
-    sys.meta_path.clear()
-    sys.path_hooks.clear()
-    sys.path.clear()
-    sys.path_importer_cache.clear()
 
 
 def main(fd: int) -> None:

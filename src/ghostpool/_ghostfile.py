@@ -14,7 +14,7 @@ from typing import Any, Final
 from ghostpool._errors import ImageError
 from ghostpool._imagefile import ImageDirectory, Window
 from ghostpool._limits import Tally, beyond
-from ghostpool._model import Extent, Ghost, GhostId
+from ghostpool._model import GHOST_KINDS, TARGET_MAX, Extent, Ghost, GhostId
 from ghostpool._paths import ghost_file_name
 from ghostpool._schema import message_class
 
@@ -22,10 +22,6 @@ _ENTRY: Final = message_class("ghost_file_entry")
 _CHUNK: Final = message_class("ghost_chunk_entry")
 _MAX_OFFSET: Final = (1 << 63) - 1
 _WINDOW: Final = 8192  # head, entry and first chunk header of any real ghost: one system call
-_KINDS: Final = frozenset(
-    (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK)
-)
-_TARGET_MAX: Final = 4095
 
 
 def read_ghost(source: ImageDirectory, ghost: GhostId, *, referrer: int) -> Ghost:
@@ -54,7 +50,7 @@ def _ghost(image: Window, ghost: GhostId, entry: Any, at: int, tally: Tally) -> 
     name = image.name
     mode = entry.mode
     kind = mode & 0o170000
-    if kind not in _KINDS or mode > 0o177777:
+    if kind not in GHOST_KINDS or mode > 0o177777:
         raise ImageError(name, 0, f"mode {mode:#o} is not that of a file that can be a ghost")
     extents: tuple[Extent, ...] = ()
     size = 0
@@ -150,7 +146,7 @@ def _rdev(name: str, entry: Any) -> int:
 
 def _target(name: str, entry: Any) -> bytes:
     target: bytes = entry.symlnk_target
-    if not target or len(target) > _TARGET_MAX or b"\0" in target:
+    if not target or len(target) > TARGET_MAX or b"\0" in target:
         raise ImageError(name, 0, f"is a symbolic link, but {target[:40]!r} is no target for one")
     return target
 

@@ -10,7 +10,6 @@ of undoing. If it is killed too, the journal is what is left.
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import signal
@@ -22,6 +21,7 @@ from ghostpool import _linux
 from ghostpool._capabilities import GUARDIAN, Cap, Capabilities
 from ghostpool._identity import all_ended, start_time
 from ghostpool._journal import Debts, JournalFile
+from ghostpool._mountwork import GONE
 from ghostpool._protocol import BlockingChannel, EndOfStream
 from ghostpool._worker import Worker
 
@@ -179,7 +179,7 @@ class Guardian(Worker):
     def _revert(self, handle: int) -> bool:
         """Whether the mount is read-only again, or gone."""
         (answer,) = self._requests["make_read_only"]([], [handle])
-        return answer is None or answer[0] in (errno.EINVAL, errno.ENOENT)
+        return answer is None or answer[0] in GONE
 
 
 def _say(text: str) -> None:

@@ -21,7 +21,9 @@ from typing import Any, Final, Literal
 from ghostpool._errors import ImageError
 from ghostpool._limits import TEXT_LIMIT, Limits, Tally
 from ghostpool._model import (
+    GHOST_KINDS,
     HOST_NS,
+    TARGET_MAX,
     Descriptor,
     Extent,
     Ghost,
@@ -37,7 +39,7 @@ from ghostpool._model import (
     Remap,
     Task,
 )
-from ghostpool._paths import ghost_file_name, is_image_path
+from ghostpool._paths import ghost_file_name, is_image_path, is_on_mount
 
 Rows = list[Any]
 
@@ -68,16 +70,12 @@ _REMAP_KINDS: Final[dict[str, Literal["ghost", "linked", "procfs"]]] = {
     "linked": "linked",
     "procfs": "procfs",
 }
-_GHOST_MODES: Final = frozenset(
-    (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK)
-)
 _KEY: Final = re.compile(r"exe|cwd|root|map:[0-9a-f]{1,16}-[0-9a-f]{1,16}", re.ASCII)
 _U31: Final = (1 << 31) - 1
 _U32: Final = (1 << 32) - 1
 _U63: Final = (1 << 63) - 1
 _U64: Final = (1 << 64) - 1
 _TIME: Final = 1_000_000 << 63
-_TARGET_MAX: Final = 4095
 
 
 # There.
@@ -418,7 +416,7 @@ class Rebuild:
             if ghost in self._ghosts:
                 raise Nonsense(f"ghost {ghost} comes twice")
             kind = _number(mode, 0o177777) & 0o170000
-            if kind not in _GHOST_MODES or (kind != stat.S_IFREG and (size or extents)):
+            if kind not in GHOST_KINDS or (kind != stat.S_IFREG and (size or extents)):
                 raise Nonsense(f"ghost {ghost} has mode {mode:#o}, size {size}")
             if (kind == stat.S_IFLNK) != (target is not None):
                 raise Nonsense(f"ghost {ghost} of mode {mode:#o} is a link, or is none")
@@ -437,7 +435,7 @@ class Rebuild:
                 size,
                 tuple(self._extents(file, 0, size, extents)),
                 None if rdev is None else _number(rdev),
-                None if target is None else _bytes(target, _TARGET_MAX),
+                None if target is None else _bytes(target, TARGET_MAX),
             )
 
     def _extents(self, file: str, covered: int, size: int, flat: Any) -> list[Extent]:
@@ -492,8 +490,7 @@ class Rebuild:
             if self._points:
                 raise Nonsense(f"file id {file.id} was removed from no mount")
             return
-        point = self._points[file.mnt_id]
-        if file.name != point and not file.name.startswith(point.rstrip(b"/") + b"/"):
+        if not is_on_mount(file.name, self._points[file.mnt_id]):
             raise Nonsense(f"file id {file.id} is not below its mount")
 
     def _add_descriptors(self, rows: Rows) -> None:

@@ -10,13 +10,14 @@ import fcntl
 import os
 import signal
 import sys
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ghostpool import _linux
 
 _BOOT = "import sys; sys.path.append({path!r}); from ghostpool import _forkserver as f; f.main(3)"
 
-BLOCKED_AT_START = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_BLOCKED_AT_START = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _ABOVE = 10
 """Numbers below it are given to the fork server."""
 
@@ -54,13 +55,18 @@ def _spawn(socket: int) -> int:
         return _spawn_read_only(interpreter, socket)
     except OSError:
         # No privilege, or Linux before 5.12. Then it is only that nothing leads to it.
-        return _execute(sys.executable, {}, socket)
+        return execute(_BOOT.format(path=package_root()), socket)
 
 
 def _spawn_read_only(interpreter: str, socket: int) -> int:
     executable = _read_only(interpreter)
     try:
-        return _execute(f"/proc/self/fd/{executable}", _libraries(), socket)
+        return execute(
+            _BOOT.format(path=package_root()),
+            socket,
+            path=f"/proc/self/fd/{executable}",
+            environment=_libraries(),
+        )
     finally:
         os.close(executable)
 
@@ -92,17 +98,34 @@ def _libraries() -> dict[str, str]:
     return {}
 
 
-def _execute(path: str, environment: dict[str, str], socket: int) -> int:
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    actions = [
-        (os.POSIX_SPAWN_DUP2, socket, 3),
-        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
-        (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_RDWR, 0),
-    ]
+def execute(
+    code: str,
+    socket: int,
+    *,
+    path: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    null: Sequence[int] = (0, 1),
+) -> int:
+    """Run `code` in a fresh interpreter, isolated and without site; its pid.
+
+    Its socket is number 3, and the numbers `null` are /dev/null. `path`: what to execute in place
+    of this interpreter's own file. OSError if that is not possible.
+    """
+    actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_DUP2, socket, 3)]
+    actions += [(os.POSIX_SPAWN_OPEN, number, "/dev/null", os.O_RDWR, 0) for number in null]
     # By its first word the interpreter finds its modules, whatever file it was executed from.
-    argv = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _BOOT.format(path=package)]
-    # A Ctrl-C goes to the whole process group. Blocked, it can not meet the fork server before
-    # that ignores it; the mask of the children is cleared there.
+    argv = [sys.executable, "-I", "-S", "-X", "utf8", "-c", code]
+    # A Ctrl-C goes to the whole process group. Blocked, it can not meet the child before that has
+    # said what it makes of it.
     return os.posix_spawn(
-        path, argv, environment, file_actions=actions, setsigmask=BLOCKED_AT_START
+        path or sys.executable,
+        argv,
+        environment or {},
+        file_actions=actions,
+        setsigmask=_BLOCKED_AT_START,
     )
+
+
+def package_root() -> str:
+    """The directory that this package is found in."""
+    return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

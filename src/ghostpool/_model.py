@@ -7,6 +7,7 @@ file names are, and absolute image paths start with b"/" at the root of their mo
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass, field
 from typing import Literal, NewType
 
@@ -34,6 +35,12 @@ def live_of(handle: int) -> MountHandle:
     return MountHandle(handle & ~1)
 
 
+GHOST_KINDS = frozenset(
+    (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK)
+)
+"""Type bits of what can be a ghost."""
+TARGET_MAX = 4095
+"""Longest target of a symbolic link, in bytes: PATH_MAX less the final NUL."""
 HOST_NS = NsId(0)
 """Stands for the mount namespace of images that were dumped without one of their own."""
 

@@ -13,6 +13,7 @@ from ghostpool._errors import KernelError, RevertError, WorkerDied
 from ghostpool._guard import Guard, Owed
 from ghostpool._mend import describe_holders, kernel_error, mend_command
 from ghostpool._model import MountHandle
+from ghostpool._mountwork import GONE
 from ghostpool._planned import PlannedMount
 from ghostpool._pool import WorkerPool
 from ghostpool._protocol import Failure
@@ -22,6 +23,34 @@ log = logging.getLogger("ghostpool")
 BUSY_S = 2.0
 """How long a revert that meets EBUSY is tried again: a lookup or an unlink in flight is over
 after microseconds, an open file is not."""
+
+
+async def revert(
+    pool: WorkerPool, target: int, handles: Sequence[MountHandle]
+) -> dict[MountHandle, tuple[int, str] | None]:
+    """Set the read-only bit of mounts of one namespace, waiting a moment for busy ones.
+
+    By mount None, or errno and system call of the failure.
+    """
+    results: dict[MountHandle, tuple[int, str] | None] = {}
+    pause = 0.001
+    give_up = anyio.current_time() + BUSY_S
+    while handles:
+        answers, _ = await pool.insist(
+            target % pool.jobs, "make_read_only", handles, target=target, mounts=handles
+        )
+        results.update(zip(handles, answers, strict=True))
+        handles = [
+            handle
+            for handle in handles
+            if (answer := results[handle]) is not None and answer[0] == errno.EBUSY
+        ]
+        if anyio.current_time() >= give_up:
+            break
+        if handles:
+            await anyio.sleep(pause)
+            pause = min(2 * pause, 0.1)
+    return results
 
 
 class PoolMounts:
@@ -111,7 +140,7 @@ class PoolMounts:
         results.update((handle, None) for handle in self._found_writable.intersection(mounts))
         for target, handles in self._by_target(ours).items():
             try:
-                answers = await self._revert(target, handles)
+                answers = await revert(self._pool, target, handles)
             except (WorkerDied, WorkerFailure) as error:
                 results.update((handle, self._not_reverted(handle, error)) for handle in handles)
                 continue
@@ -126,29 +155,6 @@ class PoolMounts:
         await self._guard.settle([_key(handle) for handle in put_back])
         return [results[handle] for handle in mounts]
 
-    async def _revert(
-        self, target: int, handles: list[MountHandle]
-    ) -> dict[MountHandle, tuple[int, str] | None]:
-        results: dict[MountHandle, tuple[int, str] | None] = {}
-        pause = 0.001
-        give_up = anyio.current_time() + BUSY_S
-        while handles:
-            answers, _ = await self._pool.insist(
-                target % self._pool.jobs, "make_read_only", handles, target=target, mounts=handles
-            )
-            results.update(zip(handles, answers, strict=True))
-            handles = [
-                handle
-                for handle in handles
-                if (answer := results[handle]) is not None and answer[0] == errno.EBUSY
-            ]
-            if anyio.current_time() >= give_up:
-                break
-            if handles:
-                await anyio.sleep(pause)
-                pause = min(2 * pause, 0.1)
-        return results
-
     def _not_reverted(self, handle: MountHandle, error: Exception) -> RevertError:
         planned = self._mounts[handle]
         problem = f"{planned.label} may still be writable: {error}"
@@ -156,8 +162,8 @@ class PoolMounts:
 
     async def _revert_error(self, handle: MountHandle, code: int, step: str) -> Exception | None:
         planned = self._mounts[handle]
-        if code in (errno.EINVAL, errno.ENOENT):
-            return None  # taken off meanwhile: there is nothing left to put back
+        if code in GONE:
+            return None
         problem = f"{planned.label} stays writable: {step}: {os.strerror(code)}"
         if code == errno.EBUSY:
             problem += "; held for writing by " + await describe_holders(planned.mount.mnt_id)

@@ -15,6 +15,9 @@ from ghostpool._linux import Attr
 from ghostpool._mountinfo import parse_line
 from ghostpool._protocol import MountFacts, Room
 
+GONE = (errno.EINVAL, errno.ENOENT)
+"""What making a mount read-only fails with when it was taken off: nothing is left to put back."""
+
 
 class MountWork(Work):
     """Requests about mounts; `mounts` are the worker's mount roots, by handle."""

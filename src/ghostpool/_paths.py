@@ -35,6 +35,11 @@ def is_below(path: bytes, root: bytes) -> bool:
     return not root or path == root or path.startswith(root + b"/")
 
 
+def is_on_mount(path: bytes, mountpoint: bytes) -> bool:
+    """The same for absolute paths: `path` is the mount point or below it."""
+    return path == mountpoint or path.startswith(mountpoint.rstrip(b"/") + b"/")
+
+
 def relative_to(path: bytes, root: bytes) -> bytes:
     """`path` as seen from `root`, which must hold it."""
     return path[len(root) + 1 :] if root else path

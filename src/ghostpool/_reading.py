@@ -20,6 +20,7 @@ import anyio
 import anyio.lowlevel
 
 from ghostpool import _linux
+from ghostpool._channel import receive_some
 from ghostpool._confine import CPU_S, MEMORY
 from ghostpool._errors import ImageError, UnsupportedError
 from ghostpool._imagerows import ASK, LENGTH, MAX_FRAME, Rebuild
@@ -177,17 +178,8 @@ class _Conversation:
 
     async def _some(self) -> bytes:
         with anyio.fail_after(SILENCE_S):
-            while True:
-                try:
-                    # Without room for descriptors: any that are sent are closed by the kernel.
-                    data = self._socket.recv(_CHUNK)
-                    break
-                except BlockingIOError:
-                    await anyio.wait_readable(self._socket)
-                except ConnectionError:
-                    raise anyio.EndOfStream from None
-        if not data:
-            raise anyio.EndOfStream
+            # It has no descriptors to send: there is no space for any.
+            data, _, _ = await receive_some(self._socket, _CHUNK)
         return data
 
     def _error(self, problem: list[Any]) -> ImageError | UnsupportedError:

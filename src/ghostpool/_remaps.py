@@ -18,7 +18,7 @@ from ghostpool._filetable import FileTable
 from ghostpool._ghostfile import read_ghost
 from ghostpool._imagefile import ImageDirectory
 from ghostpool._model import Ghost, GhostId, ImageMount, NsId, RegId, Remap
-from ghostpool._paths import ghost_file_name
+from ghostpool._paths import ghost_file_name, is_on_mount
 
 _KINDS: Final[dict[int, Literal["linked", "ghost", "procfs"]]] = {
     0: "linked",
@@ -127,14 +127,10 @@ def check_remapped(
             problem = f"{reg.flags:#x} are no open flags"
         elif mounts and reg.mnt_id is None:
             problem = f"{reg.name!r} was removed, but the record does not say from which mount"
-        elif reg.mnt_id is not None and not _below(reg.name, points[reg.mnt_id]):
+        elif reg.mnt_id is not None and not is_on_mount(reg.name, points[reg.mnt_id]):
             problem = f"{reg.name!r} is not below its mount {reg.mnt_id} at {points[reg.mnt_id]!r}"
         if problem is not None:
             raise ImageError("files.img", files.records[reg.id], problem)
-
-
-def _below(name: bytes, mountpoint: bytes) -> bool:
-    return name == mountpoint or name.startswith(mountpoint.rstrip(b"/") + b"/")
 
 
 __all__ = ["check_remapped", "read_ghosts", "read_remaps"]

@@ -30,7 +30,7 @@ from ghostpool._errors import (
 from ghostpool._guard import Guard
 from ghostpool._lease import MountLeases, MountUsage
 from ghostpool._ledger import Ledger
-from ghostpool._mend import kernel_error, left_behind, mend_command
+from ghostpool._mend import kernel_error, left_behind, mend_command, recover_command
 from ghostpool._model import MountHandle, RegId
 from ghostpool._mountkernel import PoolMounts
 from ghostpool._paths import join, relative_to, text
@@ -393,9 +393,7 @@ class Restoration:
                 with anyio.fail_after(limit_s):
                     self.restored.left += await self._ledger.clear()
             except TimeoutError:
-                late = RevertError(
-                    f"undoing did not end within {limit_s:.0f} s", "look for .ghostpool-* files"
-                )
+                late = RevertError(f"undoing did not end within {limit_s:.0f} s", recover_command())
                 raise ExceptionGroup("undoing failed", [late, *reportable(cause)]) from None
             except Exception as error:  # noqa: BLE001  raised again, with its cause
                 raise ExceptionGroup("undoing failed", [error, *reportable(cause)]) from None

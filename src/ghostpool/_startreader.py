@@ -12,7 +12,7 @@ import sys
 from typing import NamedTuple
 
 from ghostpool._errors import PlanError
-from ghostpool._launch import BLOCKED_AT_START
+from ghostpool._launch import execute, package_root
 
 _BOOT = "import sys; sys.path += {paths!r}; from ghostpool import _reader as r; r.main(3)"
 
@@ -64,18 +64,8 @@ def start_reading(path: str, size: int) -> Reading:
 
 
 def _spawn(socket: int) -> int:
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    paths = [package, *filter(os.path.isabs, sys.path)]
-    actions = [
-        (os.POSIX_SPAWN_DUP2, socket, 3),
-        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
-        (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_RDWR, 0),
-        (os.POSIX_SPAWN_OPEN, 2, "/dev/null", os.O_RDWR, 0),
-    ]
-    argv = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _BOOT.format(paths=paths)]
-    return os.posix_spawn(
-        sys.executable, argv, {}, file_actions=actions, setsigmask=BLOCKED_AT_START
-    )
+    paths = [package_root(), *filter(os.path.isabs, sys.path)]
+    return execute(_BOOT.format(paths=paths), socket, null=(0, 1, 2))
 
 
 __all__ = ["Reading", "start_reading"]

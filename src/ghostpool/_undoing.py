@@ -23,6 +23,8 @@ from ghostpool._journal import Anchor, Debt, Journal, JournalFile, JournalMount
 from ghostpool._mend import describe_holders, remount_command
 from ghostpool._model import MountHandle, live_of, service_of
 from ghostpool._mountinfo import LiveMount, MountTable, option_names
+from ghostpool._mountkernel import revert
+from ghostpool._mountwork import GONE
 from ghostpool._namespaces import find_namespaces
 from ghostpool._paths import is_below, join, relative_to, text
 from ghostpool._pool import WorkerPool
@@ -32,8 +34,6 @@ from ghostpool._survey import read_tables
 from ghostpool._targets import Target
 from ghostpool._workerclient import WorkerFailure
 
-BUSY_S = 2.0
-"""Seconds that a busy mount is tried again."""
 _JOBS = 8
 _RDONLY = int(_linux.Attr.RDONLY)
 _T = TypeVar("_T")
@@ -228,27 +228,16 @@ class Undoing:
             )
         if self._file is None:
             return [f"{label}: to be made read-only again, unless somebody keeps it busy"]
-        await self._make_read_only(mount, label)
-        return [f"{label}: read-only again"]
+        return [await self._make_read_only(mount, label)]
 
-    async def _make_read_only(self, mount: JournalMount, label: str) -> None:
+    async def _make_read_only(self, mount: JournalMount, label: str) -> str:
+        """What was done, or that nothing is left to put back. _Left: it stays writable."""
         handle = MountHandle(mount.handle)
-        give_up = anyio.current_time() + BUSY_S
-        pause = 0.001
-        while True:
-            (answer,), _ = await self._pool.insist(
-                self._slot(mount.namespace),
-                "make_read_only",
-                [handle],
-                target=mount.namespace,
-                mounts=[handle],
-            )
-            if answer is None:
-                return
-            if answer[0] != errno.EBUSY or anyio.current_time() > give_up:
-                break
-            await anyio.sleep(pause)
-            pause = min(2 * pause, 0.1)
+        answer = (await revert(self._pool, mount.namespace, [handle]))[handle]
+        if answer is None:
+            return f"{label}: read-only again"
+        if answer[0] in GONE:
+            return f"{label}: it was taken off"
         problem = f"{label} stays writable: {answer[1]}: {os.strerror(answer[0])}"
         if answer[0] == errno.EBUSY:
             problem += "; held for writing by " + await describe_holders(mount.mnt_id)

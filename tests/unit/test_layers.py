@@ -41,14 +41,14 @@ LAYERS = [
     "_directories _journal",
     "_failed",
     "_confine _protocol",
-    "_buildspec _capabilities _identity _mountinfo",
+    "_buildspec _capabilities _identity _mountinfo _seal",
     "_errors _linux",
 ]
 CHILD_SIDE = """
     _forkserver _guardian _build _command _descriptors _worker
     _buildfiles _creating _mountwork _opening _removing
     _directories _failed _journal _protocol _confine _buildspec _identity _mountinfo
-    _capabilities
+    _capabilities _seal
 """
 
 
