@@ -12,6 +12,8 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 
+from tests.support.imagewriter import varint
+
 Images = dict[str, bytes]
 
 _NUMBERS = (0, 1, 2, 3, 0x7F, 0x80, 0xFF, 0xFFFF, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
@@ -34,16 +36,6 @@ def kind_of(name: str) -> str:
 def times(data: bytes, count: int) -> bytes:
     """`data` repeated, but for what would be longer than a flood."""
     return data * max(1, min(count, _FLOOD // max(1, len(data))))
-
-
-def varint(value: int) -> bytes:
-    """A base-128 number."""
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 def records(data: bytes, head: int) -> list[tuple[int, int]] | None:

@@ -27,6 +27,7 @@ from ghostpool._protocol import REMOVED, CreateOp, OpenOp, PlaceOp, RemoveOp
 from ghostpool._removing import RemoveWork
 from tests.attackers.arena import GHOSTS, Canary, Result, _wrong, arena, run
 from tests.attackers.attacks import ATTACKS
+from tests.support.operations import opening_of
 from tests.support.restore import ghostpool
 
 pytestmark = pytest.mark.needs_mount_ns
@@ -218,24 +219,10 @@ def test_what_was_moved_there_is_not_moved_on(bench: Bench) -> None:
     assert os.listdir(bench.path / "parent") == ["name"]
 
 
-def opening_of(path: Path) -> OpenOp:
-    status = path.stat()
-    return OpenOp(
-        link=0,
-        temp_directory=b"",
-        temp_name=path.name.encode(),
-        link_directory=b"",
-        live=0,
-        live_directory=b"",
-        names=(b"name",),
-        flags=os.O_RDONLY,
-        position=-1,
-        device=status.st_dev,
-        inode=status.st_ino,
-        mode=status.st_mode,
-        size=-1,
-        keep=False,
-    )
+def linking(temporary: Path) -> OpenOp:
+    """Open a ghost that has only its temporary name so far, by a link with its old one."""
+    opening = opening_of(temporary)
+    return opening._replace(temp_name=temporary.name.encode(), names=(b"name",))
 
 
 def test_a_file_that_has_the_name_by_now_is_not_unlinked(
@@ -256,7 +243,7 @@ def test_a_file_that_has_the_name_by_now_is_not_unlinked(
 
     monkeypatch.setattr(OpenWork, "_open_checked", checked)
     out: list[int] = []
-    bench.opening._open(opening_of(temporary), out)
+    bench.opening._open(linking(temporary), out)
     assert os.read(out[0], 10) == b"ghost"
     os.close(out[0])
     assert name.read_bytes() == b"anew"
@@ -267,7 +254,7 @@ def test_a_temporary_that_was_exchanged_leaves_no_link(bench: Bench, decoy: str)
     """The link was to another file, which keeps its own name."""
     temporary = bench.path / ".ghostpool-1"
     temporary.write_bytes(b"ghost")
-    operation = opening_of(temporary)
+    operation = linking(temporary)
     temporary.rename(bench.path / "aside")
     if decoy == "file":
         temporary.write_bytes(b"decoy")

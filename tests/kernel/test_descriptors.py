@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ghostpool._protocol import BlockingChannel
-from tests.support.imagewriter import ImageSet
+from tests.support.imagewriter import ImageSet, ghosts_on
 from tests.support.live import Live, Run, command, live, read_only, run_argv
 from tests.support.namespaces import in_child
 
@@ -26,13 +26,7 @@ def limited(limit: int, *arguments: Any) -> Run:
 
 
 def many_files() -> ImageSet:
-    made = ImageSet()
-    made.mount("/")
-    made.mount("/m0", flags=0x200001)
-    made.task(1)
-    for number in range(300):
-        made.open(1, 3 + number, f"/m0/gone-{number}", ghost=made.ghost(b"x"))
-    return made
+    return ghosts_on("/m0", (f"gone-{number}" for number in range(300)), b"x")
 
 
 def many_mounts() -> ImageSet:
@@ -46,14 +40,7 @@ def many_mounts() -> ImageSet:
 
 
 def many_directories() -> ImageSet:
-    made = ImageSet()
-    made.mount("/")
-    made.mount("/m0", flags=0x200001)
-    made.task(1)
-    for number in range(150):
-        name = f"/m0/new-{number}/a/b/gone"
-        made.open(1, 3 + number, name, ghost=made.ghost(b"x"))
-    return made
+    return ghosts_on("/m0", (f"new-{number}/a/b/gone" for number in range(150)), b"x")
 
 
 SHAPES: dict[str, Callable[[], ImageSet]] = {
@@ -88,12 +75,7 @@ def test_the_number_needed_is_enough(target: Live, tmp_path: Path, shape: str, j
 
 def test_numbers_of_a_command_are_seen_in_the_plan(tmp_path: Path) -> None:
     """A descriptor that could not be put at its number rules the restore out before it begins."""
-    made = ImageSet()
-    made.mount("/")
-    made.mount("/m0", flags=0x200001)
-    made.task(1)
-    made.open(1, 900, "/m0/gone", ghost=made.ghost(b"x"))
-    images = made.write(tmp_path)
+    images = ghosts_on("/m0", ["gone"], b"x", first=900).write(tmp_path)
     with live([read_only(10, b"/m0", "keep")]) as (one,):
         before = one.snapshot()
         where = ("restore", "-D", images, "-t", one.pid)

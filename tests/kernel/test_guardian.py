@@ -19,7 +19,7 @@ from ghostpool import _linux
 from tests.kernel.test_steps import CASE, IDS, names
 from tests.support.corpus import CORPUS, corpus
 from tests.support.crash import Whom, children, coordinate, journals, own_paths, wait_for
-from tests.support.imagewriter import ImageSet
+from tests.support.imagewriter import ghosts_on
 from tests.support.live import Live, live, read_only
 from tests.support.live import run as command
 from tests.support.namespaces import built, inside, mountinfo
@@ -70,12 +70,7 @@ def test_killed_at_each_step(namespaces: list[int], whom: Whom) -> None:
 
 @pytest.fixture
 def many(tmp_path: Path) -> Iterator[tuple[Path, Live]]:
-    made = ImageSet()
-    made.mount("/")
-    made.mount("/data", flags=0x200001)
-    made.task(1)
-    for number in range(12):
-        made.open(1, 3 + number, f"/data/d/gone-{number}", ghost=made.ghost(b"content"))
+    made = ghosts_on("/data", (f"d/gone-{number}" for number in range(12)), b"content")
     with live([read_only(2, b"/data", "d/", "keep")]) as (target,):
         yield made.write(tmp_path), target
 

@@ -15,8 +15,8 @@ from ghostpool._directories import Directories
 from ghostpool._failed import Mismatch
 from ghostpool._launch import launch
 from ghostpool._opening import OpenWork
-from ghostpool._protocol import OpenOp
 from tests.support.imagewriter import ImageSet
+from tests.support.operations import opening_of
 from tests.support.restore import ghostpool, live, make_read_only, mount_tmpfs
 
 pytestmark = pytest.mark.needs_mount_ns
@@ -32,27 +32,6 @@ def opening(tmp_path: Path) -> Iterator[OpenWork]:
     os.close(own_fds)
 
 
-def operation(path: Path, flags: int = os.O_RDONLY) -> OpenOp:
-    """Open `path` as the file that it is now."""
-    status = path.stat()
-    return OpenOp(
-        link=0,
-        temp_directory=b"",
-        temp_name=b"",
-        link_directory=b"",
-        live=0,
-        live_directory=b"",
-        names=(path.name.encode(),),
-        flags=flags,
-        position=-1,
-        device=status.st_dev,
-        inode=status.st_ino,
-        mode=status.st_mode,
-        size=-1,
-        keep=False,
-    )
-
-
 @pytest.mark.parametrize("swapped", ["fifo", "symlink", "file", "device"])
 def test_a_name_that_was_exchanged_is_not_opened(
     tmp_path: Path, opening: OpenWork, swapped: str
@@ -60,7 +39,7 @@ def test_a_name_that_was_exchanged_is_not_opened(
     """Identity is checked before the open, which could block on a fifo or set off a device."""
     path = tmp_path / "name"
     path.write_bytes(b"ours")
-    expected = operation(path)
+    expected = opening_of(path)
     path.rename(tmp_path / "aside")
     if swapped == "fifo":
         os.mkfifo(path)
@@ -87,7 +66,7 @@ def test_the_flags_of_the_open_are_the_images(
     path = tmp_path / "name"
     path.write_bytes(b"ours")
     out: list[int] = []
-    opening._open(operation(path, os.O_RDWR | extra), out)
+    opening._open(opening_of(path, os.O_RDWR | extra), out)
     (fd,) = out
     with open(f"/proc/self/fdinfo/{fd}") as file:
         flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags"))

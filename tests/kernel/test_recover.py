@@ -34,7 +34,7 @@ from tests.kernel.test_guardian import IMAGES, look
 from tests.kernel.test_steps import CASE, IDS
 from tests.support.corpus import corpus
 from tests.support.crash import children, coordinate, journals, own_paths, run_directory, wait_for
-from tests.support.imagewriter import ImageSet
+from tests.support.imagewriter import ImageSet, ghosts_on
 from tests.support.live import Live, Run, Snapshot, live, process, read_only, run, tmpfs
 from tests.support.namespaces import built, enter, mountinfo
 from tests.support.truth import specs_from_truth
@@ -328,11 +328,7 @@ def test_names_on_a_mount_without_a_clone(tmp_path: Path) -> None:
 
 def test_name_that_another_file_has(tmp_path: Path) -> None:
     """The old name of a ghost is removed only where it is the ghost."""
-    made = ImageSet()
-    made.mount("/")
-    made.mount("/data", flags=0x200001)
-    made.task(1)
-    made.open(1, 3, "/data/d/gone", ghost=made.ghost(b"content"))
+    made = ghosts_on("/data", ["d/gone"], b"content")
     with live([MOUNTS[0]]) as (target,):
         scene = Scene(target, made.write(tmp_path))
         scene.crash("open")  # with its answer lost, the name is owed, though it is gone
@@ -521,12 +517,7 @@ def test_names_outlive_their_namespace(tmp_path: Path) -> None:
 
 def test_many_names_through_another_mount(tmp_path: Path) -> None:
     """It is looked for and opened once, not for each of them."""
-    made = ImageSet()
-    made.mount("/")
-    made.mount("/data", flags=0x200001)
-    made.task(1)
-    for number in range(200):
-        made.open(1, 3 + number, f"/data/d/gone-{number}", ghost=made.ghost(b"x"))
+    made = ghosts_on("/data", (f"d/gone-{number}" for number in range(200)), b"x")
     with dead_volume(tmp_path, made.write(tmp_path / "images")) as volume:
         command = f"ulimit -n 80; exec {sys.executable} -m ghostpool recover"
         done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)

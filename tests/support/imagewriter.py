@@ -477,3 +477,14 @@ def small() -> ImageSet:
     made.open(1, 3, "/data/gone", ghost=made.ghost(b"content", uid=7))
     made.open(1, 4, "/data/there")
     return made
+
+
+def ghosts_on(mountpoint: str, names: Iterable[str], content: bytes, first: int = 3) -> ImageSet:
+    """One task, a read-only mount, ghosts of `names` on it as its descriptors from `first` on."""
+    made = ImageSet()
+    made.mount("/")
+    made.mount(mountpoint, flags=0x200001)
+    made.task(1)
+    for number, name in enumerate(names, first):
+        made.open(1, number, f"{mountpoint}/{name}", ghost=made.ghost(content))
+    return made
