@@ -248,7 +248,8 @@ def restore(**options: Any) -> None:
 
 def serving(path: str | None, stack: ExitStack, err: bool) -> Any:
     """The delivery that serves; its socket is bound now and goes with `stack`."""
-    from ghostpool._serve import Listener, serve
+    from ghostpool._listener import Listener
+    from ghostpool._serve import serve
 
     listener = Listener(path)
     stack.callback(listener.close)

@@ -14,7 +14,7 @@ import pytest
 
 from ghostpool import _linux
 from ghostpool._errors import PlanError
-from ghostpool._serve import Listener
+from ghostpool._listener import Listener
 from tests.kernel.test_capabilities import make_data, make_images
 from tests.support.live import process
 from tests.support.namespaces import in_child

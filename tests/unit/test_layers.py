@@ -24,7 +24,7 @@ LAYERS = [
     "_pool testing",
     "_barrier _lease _memory _plan",
     "_admission _holders _lease_table _room _slots",
-    "_needs _planned",
+    "_listener _needs _planned",
     "_match _sandbox _workerclient",
     "_namespaces _process _reader _reading _rundir _targets",
     "_imagerows _images _startreader _userns",

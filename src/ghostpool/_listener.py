@@ -1,0 +1,63 @@
+"""The socket that descriptors are served on, from its name to its end."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import stat
+
+from ghostpool._errors import PlanError
+from ghostpool._rundir import run_directory
+
+
+class Listener:
+    """The bound socket; made before anything is restored, so that a bad path is refused first."""
+
+    def __init__(self, path: str | None) -> None:
+        if path is None:
+            name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
+            path = os.path.join(run_directory(), name)
+        self.path = os.path.abspath(path)
+        _check_directory(os.path.dirname(self.path))
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        umask = os.umask(0o177)
+        try:
+            self.socket.bind(self.path)
+            self._identity = _identity(self.path)
+            self.socket.listen(128)
+        except OSError as error:
+            self.socket.close()
+            raise PlanError(f"--serve {self.path}: {error.strerror}") from error
+        finally:
+            os.umask(umask)
+        self.socket.setblocking(False)
+
+    def close(self) -> None:
+        """Take the name away and stop listening."""
+        self.socket.close()
+        if self._identity is not None and _identity(self.path) == self._identity:
+            os.unlink(self.path)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _check_directory(path: str) -> None:
+    """PlanError if others could put a socket of theirs in the place of ours: consumers would
+    fetch the descriptors from them."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise PlanError(f"--serve {path}: {error.strerror}") from error
+    foreign = status.st_uid not in (0, os.geteuid())
+    shared = status.st_mode & stat.S_IWOTH or (
+        status.st_mode & stat.S_IWGRP and status.st_gid != os.getegid()
+    )
+    if foreign or (shared and not status.st_mode & stat.S_ISVTX):
+        raise PlanError(f"--serve: others may rename files in {path}: name another directory")
