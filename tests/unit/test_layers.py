@@ -33,7 +33,7 @@ LAYERS = [
     "_imagemounts",
     "_channel _imagefile _launch _stall",
     "_imagesource _schema",
-    "_limits _model _paths",
+    "_limits _model _paths _rlimit",
     "_forkserver",
     "_build _command _guardian",
     "_worker",
