@@ -29,7 +29,7 @@ from ghostpool._journal import (
     JournalRun,
 )
 from ghostpool._model import MountHandle
-from ghostpool._planned import Plan
+from ghostpool._planned import PlannedMount
 from ghostpool._pool import WorkerPool
 from ghostpool._process import STOP_S, Child, ForkServer
 from ghostpool._protocol import RemoveOp
@@ -72,19 +72,21 @@ class Guard:
         server: ForkServer,
         pool: WorkerPool,
         directory: int,
-        plan: Plan,
+        token: str,
+        mounts: Mapping[MountHandle, PlannedMount],
         identities: Mapping[MountHandle, int],
     ) -> AsyncIterator[Guard]:
         """A guardian for the time of the block.
 
-        `directory` is the run directory, for the journal. At the end the journal is gone, unless
-        something could not be undone: then it stays for `ghostpool recover`. KernelError: the
-        journal can not be written, so nothing may be changed.
+        `directory` is the run directory, for the journal, which `token` names. `mounts` are all
+        that may come to be owed, `identities` their unique ids. At the end the journal is gone,
+        unless something could not be undone: then it stays for `ghostpool recover`.
+        KernelError: the journal can not be written, so nothing may be changed.
         """
         worker = await WorkerClient.forked(server, "guardian", mount_setattr=pool.mount_setattr)
-        guard = cls(worker, pool, directory, plan.token.decode() + _journal.SUFFIX)
+        guard = cls(worker, pool, directory, token + _journal.SUFFIX)
         try:
-            await guard._open_journal(plan, identities)
+            await guard._open_journal(token, _facts(token, mounts, identities))
             await guard._watch(server.pid, os.pidfd_open(server.pid))
             await pool.watch_with(guard.watch)
             yield guard
@@ -106,9 +108,7 @@ class Guard:
                 # A guardian that died while it made the journal: nothing was owed yet.
                 _journal.discard(directory, guard._name)
 
-    async def _open_journal(self, plan: Plan, identities: Mapping[MountHandle, int]) -> None:
-        token = plan.token.decode()
-        records = _facts(token, plan, identities)
+    async def _open_journal(self, token: str, records: Sequence[Hashable]) -> None:
         try:
             _, (self._lock_fd,) = await self._worker.call(
                 "journal", token, records, fds=[self._directory]
@@ -210,11 +210,13 @@ class Guard:
             log.warning("the journal of this run says too much is owed: %s", error)
 
 
-def _facts(token: str, plan: Plan, identities: Mapping[MountHandle, int]) -> list[Hashable]:
+def _facts(
+    token: str, planned: Mapping[MountHandle, PlannedMount], identities: Mapping[MountHandle, int]
+) -> list[Hashable]:
     """The records that say who and what is meant by the numbers of this run."""
     pid = os.getpid()
     run = JournalRun(token, pid, start_time(pid), pid_namespace(), boot_id(), int(time.time()))
-    targets = {p.namespace.target.index: p.namespace.target for p in plan.mounts.values()}
+    targets = {p.namespace.target.index: p.namespace.target for p in planned.values()}
     namespaces = [
         JournalNamespace(
             target.index,
@@ -226,19 +228,19 @@ def _facts(token: str, plan: Plan, identities: Mapping[MountHandle, int]) -> lis
         for target in targets.values()
     ]
     mounts = []
-    for handle, planned in plan.mounts.items():
-        mount, identity = planned.mount, identities.get(handle, 0)
+    for handle, one in planned.items():
+        mount, identity = one.mount, identities.get(handle, 0)
         mounts.append(
             JournalMount(
                 handle,
-                planned.namespace.target.index,
+                one.namespace.target.index,
                 identity if identity != mount.mnt_id else 0,
                 mount.mnt_id,
                 mount.mountpoint,
                 mount.root,
                 mount.device,
                 int(mount.attributes),  # no flag: marshal takes nothing but plain values
-                planned.fsid,
+                one.fsid,
             )
         )
     return [

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NoReturn, Protocol, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -107,15 +107,11 @@ class MountLeases(Generic[M]):
             failures = [one for one in await self._release(held) if one is not error]
             if not failures:
                 raise
-            if isinstance(error, anyio.get_cancelled_exc_class()):
-                raise _one_of(failures) from error
-            raise BaseExceptionGroup(
-                "failed, and mounts could not be put back", [error, *failures]
-            ) from None
+            raise_besides(error, failures)
         else:
             failures = await self._release(held)
             if failures:
-                raise _one_of(failures)
+                raise one_of(failures)
 
     @property
     def revert_errors(self) -> dict[M, Exception]:
@@ -229,7 +225,16 @@ def _for_others(error: BaseException) -> Exception:
     return other
 
 
-def _one_of(failures: list[Exception]) -> Exception:
+def raise_besides(error: BaseException, failures: list[Exception]) -> NoReturn:
+    """Raise what keeps mounts from being put back, beside what ended the block before."""
+    if isinstance(error, anyio.get_cancelled_exc_class()):
+        raise one_of(failures) from error
+    group = BaseExceptionGroup("failed, and mounts could not be put back", [error, *failures])
+    raise group from None
+
+
+def one_of(failures: list[Exception]) -> Exception:
+    """The only failure, or a group of them."""
     if len(failures) == 1:
         return failures[0]
     return ExceptionGroup("mounts could not be put back", failures)

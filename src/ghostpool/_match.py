@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from ghostpool._errors import GhostpoolError, MountNotFound, Overmounted
 from ghostpool._model import ImageMount, Images, MntId, NsId, RegFile
-from ghostpool._mountinfo import LiveMount, MountTable
+from ghostpool._mountinfo import LiveMount
+from ghostpool._mounttable import MountTable
 from ghostpool._paths import is_below, join, relative_to, text
 from ghostpool._targets import Target
 

@@ -1,15 +1,11 @@
-"""The mount table of a live namespace: mountinfo, read and split in one piece.
+"""One line of mountinfo: a mount as the kernel tells of it.
 
-proc_pid_mountinfo(5). The table is indexed by mount point and a line is parsed only when it is
-asked for: a plan needs a handful of the mounts, and one system call per mount (statmount) costs
-more than reading all of them this way (docs/design.md, D-004).
-Pure: bytes in, values out.
+proc_pid_mountinfo(5). Pure: bytes in, values out. The whole table is _mounttable's.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from ghostpool._linux import Attr
@@ -44,18 +40,24 @@ def option_names(attributes: int) -> list[str]:
 
 
 class LiveMount(NamedTuple):
-    """One line of mountinfo."""
+    """One line of mountinfo: a mount as it was when its table was read."""
 
     mnt_id: int
     """Recycled after an unmount; the lease identifies the mount by its unique id."""
     parent: int
+    """mnt_id of the mount that it is mounted on."""
     device: int
+    """Device number of its superblock, as os.makedev gives it."""
     root: bytes
+    """What of the file system is mounted: an absolute path inside it."""
     mountpoint: bytes
+    """Absolute, below the root of the process whose table it is."""
     attributes: int
     """MOUNT_ATTR_* bits; an atime mode is a value inside ATIME_MASK."""
     shared_group: int
+    """Peer group that it shares mounts and unmounts with, or 0."""
     master_group: int
+    """Peer group whose slave it is, or 0."""
     fstype: str
     source: str
     superblock_read_only: bool
@@ -66,7 +68,7 @@ class LiveMount(NamedTuple):
         return bool(self.attributes & Attr.RDONLY)
 
     def options(self) -> list[str]:
-        """The per-mount options; see `option_names`."""
+        """The per-mount options as mount(8) spells them: ro or rw first, the atime mode last."""
         return option_names(self.attributes)
 
 
@@ -103,64 +105,3 @@ def parse_line(line: bytes) -> LiveMount:
         source=unescape(filesystem[1]).decode(errors="surrogateescape"),
         superblock_read_only=filesystem[2].split(b",", 1)[0] == b"ro",
     )
-
-
-class MountTable:
-    """The mounts of one namespace, found by mount point.
-
-    `raw` is the content of /proc/PID/mountinfo of a process whose root is the root of the
-    namespace: the kernel leaves out what lies outside the reader's root.
-    """
-
-    def __init__(self, raw: bytes) -> None:
-        self._lines: dict[bytes, list[bytes]] = {}
-        for line in raw.split(b"\n"):
-            if line:
-                self._lines.setdefault(line.split(b" ", 5)[4], []).append(line)
-        # Escapes are rare: rewrite only the keys that hold one.
-        for key in [key for key in self._lines if b"\\" in key]:
-            self._lines.setdefault(unescape(key), []).extend(self._lines.pop(key))
-
-    def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
-
-    def __iter__(self) -> Iterator[LiveMount]:
-        for lines in self._lines.values():
-            yield from map(parse_line, lines)
-
-    def with_id(self, mnt_id: int) -> LiveMount | None:
-        """The mount with this number; no other line is parsed."""
-        start = b"%d " % mnt_id
-        lines = (line for lines in self._lines.values() for line in lines)
-        return next((parse_line(line) for line in lines if line.startswith(start)), None)
-
-    def stack(self, mountpoint: bytes) -> list[LiveMount]:
-        """The mounts on `mountpoint`, bottom first.
-
-        The order is that of the parents (each covers the one it is mounted on), not that of
-        the lines: moves and MOVE_MOUNT_BENEATH leave the lines in the order of creation.
-        """
-        mounts = [parse_line(line) for line in self._lines.get(mountpoint, ())]
-        if len(mounts) < 2:
-            return mounts
-        by_parent: dict[int, list[LiveMount]] = {}
-        ids = {mount.mnt_id for mount in mounts}
-        for mount in mounts:
-            by_parent.setdefault(mount.parent, []).append(mount)
-        ordered: list[LiveMount] = []
-        pending = [m for m in mounts if m.parent not in ids or m.parent == m.mnt_id]
-        while pending:
-            mount = pending.pop(0)
-            ordered.append(mount)
-            pending.extend(m for m in by_parent.get(mount.mnt_id, ()) if m is not mount)
-        return ordered
-
-    def containing(self, path: bytes) -> LiveMount | None:
-        """The topmost mount with the longest mount point that is a prefix of `path`."""
-        while True:
-            stack = self.stack(path or b"/")
-            if stack:
-                return stack[-1]
-            if not path or path == b"/":
-                return None
-            path = path.rpartition(b"/")[0]

@@ -155,6 +155,11 @@ class PoolMounts:
         await self._guard.settle([_key(handle) for handle in put_back])
         return [results[handle] for handle in mounts]
 
+    async def put_back(self) -> list[Exception]:
+        """Make read-only again what is writable by our doing, or may be; why mounts stay so."""
+        answers = await self.make_read_only(list(self._changed))
+        return [answer for answer in answers if answer is not None]
+
     def _not_reverted(self, handle: MountHandle, error: Exception) -> RevertError:
         planned = self._mounts[handle]
         problem = f"{planned.label} may still be writable: {error}"

@@ -13,7 +13,7 @@ from ghostpool import _linux
 from ghostpool._identity import is_initial
 from ghostpool._journal import JournalNamespace
 from ghostpool._linux import close_all
-from ghostpool._mountinfo import MountTable
+from ghostpool._mounttable import MountTable
 
 _OWN = "/proc/self/ns/mnt"
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import anyio
 
-from ghostpool import _buildspec, _journal, _linux, _needs
+from ghostpool import _buildspec, _linux, _needs
 from ghostpool._errors import PlanError, SandboxError
 from ghostpool._guard import Guard
 from ghostpool._launch import Launched
+from ghostpool._leftovers import undo_leftovers
 from ghostpool._limits import Limits
 from ghostpool._memory import MemoryBound
 from ghostpool._model import Images, MountHandle, NsId
@@ -33,6 +33,7 @@ from ghostpool._process import BuildFailed, ForkServer
 from ghostpool._reading import read_apart
 from ghostpool._report import Report
 from ghostpool._restore import Progress, Restoration, Restored, silent
+from ghostpool._rlimit import all_descriptors
 from ghostpool._rundir import open_run_directory
 from ghostpool._sandbox import specs_from_images
 from ghostpool._stall import STALL_S
@@ -98,7 +99,14 @@ class Prepared:
             directory = open_run_directory(self.request.run_dir)
             stack.callback(os.close, directory)
             guard = await stack.enter_async_context(
-                Guard.running(self.server, self.pool, directory, self.plan, self.identities)
+                Guard.running(
+                    self.server,
+                    self.pool,
+                    directory,
+                    self.plan.token.decode(),
+                    self.plan.mounts,
+                    self.identities,
+                )
             )
             restoration = Restoration(
                 self.plan,
@@ -131,17 +139,6 @@ class Prepared:
         self.pool.mounts.clear()
 
 
-@contextmanager
-def _all_descriptors() -> Iterator[tuple[int, int]]:
-    """RLIMIT_NOFILE as far up as it goes, for the time of the block; what it was and is."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    try:
-        yield soft, hard
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 @asynccontextmanager
 async def prepared(
     request: Request,
@@ -165,7 +162,7 @@ async def prepared(
 
     async with AsyncExitStack() as stack:
         stack.callback(conclude)
-        soft_limit, hard = stack.enter_context(_all_descriptors())
+        soft_limit, hard = stack.enter_context(all_descriptors())
         server = await stack.enter_async_context(ForkServer.running(launched, request.stall_s))
         reading = request.reading or start_reading(request.images_dir, request.max_size)
         if isinstance(reading, PlanError):
@@ -278,14 +275,7 @@ async def run_restore(
     """
 
     async def tidy(server: ForkServer) -> None:
-        directory = open_run_directory(request.run_dir)
-        try:
-            if _journal.pending(directory):
-                from ghostpool._recover import recover_pending
-
-                await recover_pending(server, directory)
-        finally:
-            os.close(directory)
+        await undo_leftovers(server, request.run_dir)
 
     async with (
         prepared(request, launched, report, before=tidy) as run,
@@ -298,6 +288,6 @@ async def run_recover(launched: Launched, directory: int, dry_run: bool) -> list
     """Undo what dead runs owe; `directory` is the run directory."""
     from ghostpool._recover import recover
 
-    with _all_descriptors():
+    with all_descriptors():
         async with ForkServer.running(launched) as server:
             return await recover(server, directory, dry_run=dry_run)

@@ -18,7 +18,7 @@ from ghostpool import _room
 from ghostpool._errors import MountNotFound, Overmounted, PlanError, leaves
 from ghostpool._match import Namespace
 from ghostpool._model import Images, MountHandle, NsId
-from ghostpool._mountinfo import MountTable
+from ghostpool._mounttable import MountTable
 from ghostpool._paths import text
 from ghostpool._plan import Planner
 from ghostpool._planned import Plan, PlannedMount, Policy
@@ -84,29 +84,8 @@ class Survey:
         await _each(open_all, list(by_target.values()))
 
     async def _open_batch(self, planner: Planner, mounts: list[PlannedMount]) -> None:
-        target = mounts[0].namespace.target
-        slot = self._slot(target)
-        points = [(planned.handle, planned.mount.mountpoint) for planned in mounts]
-        try:
-            facts, fds = await self._pool.call(slot, "open_mounts", points, target=target.index)
-        except WorkerFailure as error:
-            planned = mounts[max(0, error.failure.at)]
-            raise _mount_error(planned, error.failure) from error
-        for planned, fields, fd in zip(mounts, facts, fds, strict=True):
-            self._pool.mounts[planned.handle] = fd
-            self._pool.labels[planned.handle] = planned.label
-            found = MountFacts(*fields)
-            self.identities[planned.handle] = found.unique_id or found.mnt_id
-            planned.fsid = found.fsid
-            if found.mnt_id != planned.mount.mnt_id:
-                planner.refuse(
-                    planned.label,
-                    Overmounted(
-                        f"its mount point leads to mount {found.mnt_id}, not to mount "
-                        f"{planned.mount.mnt_id} of the table: another mount hides it"
-                    ),
-                )
-        self._pool.learned(slot, [planned.handle for planned in mounts])
+        for planned, error in await open_mounts(self._pool, mounts, self.identities):
+            planner.refuse(planned.label, error)
         await self._clone(planner, [planned for planned in mounts if planned.mount.read_only])
 
     async def _clone(self, planner: Planner, mounts: list[PlannedMount]) -> None:
@@ -200,6 +179,38 @@ async def read_tables(pool: WorkerPool, targets: Sequence[Target]) -> dict[int, 
 
     await _each(read, targets)
     return tables
+
+
+async def open_mounts(
+    pool: WorkerPool, mounts: Sequence[PlannedMount], identities: dict[MountHandle, int]
+) -> list[tuple[PlannedMount, Overmounted]]:
+    """Open mounts of one namespace for the pool, and note who they are; those that are hidden.
+
+    PlanError: the kernel could not reach one of them.
+    """
+    target = mounts[0].namespace.target
+    slot = target.index % pool.jobs
+    points = [(planned.handle, planned.mount.mountpoint) for planned in mounts]
+    try:
+        facts, fds = await pool.call(slot, "open_mounts", points, target=target.index)
+    except WorkerFailure as error:
+        planned = mounts[max(0, error.failure.at)]
+        raise _mount_error(planned, error.failure) from error
+    hidden = []
+    for planned, fields, fd in zip(mounts, facts, fds, strict=True):
+        pool.mounts[planned.handle] = fd
+        pool.labels[planned.handle] = planned.label
+        found = MountFacts(*fields)
+        identities[planned.handle] = found.unique_id or found.mnt_id
+        planned.fsid = found.fsid
+        if found.mnt_id != planned.mount.mnt_id:
+            problem = (
+                f"its mount point leads to mount {found.mnt_id}, not to mount "
+                f"{planned.mount.mnt_id} of the table: another mount hides it"
+            )
+            hidden.append((planned, Overmounted(problem)))
+    pool.learned(slot, [planned.handle for planned in mounts])
+    return hidden
 
 
 async def _each(function: Callable[[_T], Coroutine[Any, Any, None]], items: Iterable[_T]) -> None:

@@ -22,8 +22,9 @@ from ghostpool._errors import GhostpoolError
 from ghostpool._journal import Anchor, Debt, Journal, JournalFile, JournalMount
 from ghostpool._mend import describe_holders, remount_command
 from ghostpool._model import MountHandle, live_of, service_of
-from ghostpool._mountinfo import LiveMount, MountTable, option_names
+from ghostpool._mountinfo import LiveMount, option_names
 from ghostpool._mountkernel import revert
+from ghostpool._mounttable import MountTable
 from ghostpool._mountwork import GONE
 from ghostpool._namespaces import find_namespaces
 from ghostpool._paths import is_below, join, relative_to, text

@@ -211,12 +211,13 @@ def setting(
         async with prepared(request, launch(), Report()) as run, AsyncExitStack() as stack:
             directory = open_run_directory()
             stack.callback(os.close, directory)
+            token, mounts = run.plan.token.decode(), run.plan.mounts
             guard = await stack.enter_async_context(
-                Guard.running(run.server, run.pool, directory, run.plan, run.identities)
+                Guard.running(run.server, run.pool, directory, token, mounts, run.identities)
             )
-            kernel = PoolMounts(run.pool, run.plan.mounts, guard)
+            kernel = PoolMounts(run.pool, mounts, guard)
             kernel.identities = dict(run.identities)
-            names = {p.mount.mountpoint[1:].decode(): h for h, p in run.plan.mounts.items()}
+            names = {p.mount.mountpoint[1:].decode(): h for h, p in mounts.items()}
             assert sorted(names) == sorted(FLAGS)
             yield Real(kernel, names, targets)
 
