@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 # Type checkers take this as true; importing typing only for it would cost every worker.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from ghostpool._barrier import TaskBarrier
+    from ghostpool._buildspec import MountSpec, NamespaceSpec, Node
     from ghostpool._errors import (
         BarrierBroken,
         CommandError,
@@ -31,30 +33,172 @@ if TYPE_CHECKING:
         WorkerDied,
         WorkerHung,
     )
+    from ghostpool._lease import MountKernel, MountLeases
+    from ghostpool._lease_table import LeaseState, LeaseStatistics, MountUsage
+    from ghostpool._linux import Attr
+    from ghostpool._makeplan import make_plan
+    from ghostpool._match import Namespace, Site
+    from ghostpool._model import (
+        Descriptor,
+        Extent,
+        Ghost,
+        GhostId,
+        Holder,
+        ImageMount,
+        Images,
+        MntId,
+        MountHandle,
+        NsId,
+        Pid,
+        RegFile,
+        RegId,
+        Remap,
+        Task,
+    )
+    from ghostpool._mountinfo import LiveMount
+    from ghostpool._mounttable import MountTable
+    from ghostpool._openimages import read_images
+    from ghostpool._openleases import open_leases
+    from ghostpool._opensandbox import Sandbox
+    from ghostpool._planned import (
+        Opening,
+        Plan,
+        PlannedGhost,
+        PlannedMount,
+        PlannedOpen,
+        PlannedTask,
+        Privileged,
+        Refusal,
+    )
+    from ghostpool._targets import Target
 
 __all__ = [
+    "Attr",
     "BarrierBroken",
     "CommandError",
+    "Descriptor",
+    "Extent",
+    "Ghost",
+    "GhostId",
     "GhostpoolError",
+    "Holder",
     "HostNamespace",
     "ImageError",
+    "ImageMount",
+    "Images",
     "KernelError",
+    "LeaseState",
+    "LeaseStatistics",
+    "LiveMount",
+    "MntId",
+    "MountHandle",
+    "MountKernel",
+    "MountLeases",
     "MountNotFound",
+    "MountSpec",
+    "MountTable",
+    "MountUsage",
+    "Namespace",
     "NamespaceNotFound",
+    "NamespaceSpec",
+    "Node",
+    "NsId",
+    "Opening",
     "Overmounted",
+    "Pid",
+    "Plan",
     "PlanError",
+    "PlannedGhost",
+    "PlannedMount",
+    "PlannedOpen",
+    "PlannedTask",
+    "Privileged",
     "ReadOnlySuperblock",
+    "Refusal",
+    "RegFile",
+    "RegId",
+    "Remap",
     "RestoreError",
     "RevertError",
+    "Sandbox",
     "SandboxError",
+    "Site",
+    "Target",
+    "Task",
+    "TaskBarrier",
     "UnsupportedError",
     "VerificationError",
     "WorkerDied",
     "WorkerHung",
     "__version__",
+    "make_plan",
+    "open_leases",
+    "read_images",
 ]
 
-_HOME_OF = dict.fromkeys(set(__all__) - {"__version__"}, "ghostpool._errors")
+# Each name, and the module it is in: the imports above, for whoever runs this file.
+_HOME_OF = {
+    "Attr": "_linux",
+    "BarrierBroken": "_errors",
+    "CommandError": "_errors",
+    "Descriptor": "_model",
+    "Extent": "_model",
+    "Ghost": "_model",
+    "GhostId": "_model",
+    "GhostpoolError": "_errors",
+    "Holder": "_model",
+    "HostNamespace": "_errors",
+    "ImageError": "_errors",
+    "ImageMount": "_model",
+    "Images": "_model",
+    "KernelError": "_errors",
+    "LeaseState": "_lease_table",
+    "LeaseStatistics": "_lease_table",
+    "LiveMount": "_mountinfo",
+    "MntId": "_model",
+    "MountHandle": "_model",
+    "MountKernel": "_lease",
+    "MountLeases": "_lease",
+    "MountNotFound": "_errors",
+    "MountSpec": "_buildspec",
+    "MountTable": "_mounttable",
+    "MountUsage": "_lease_table",
+    "Namespace": "_match",
+    "NamespaceNotFound": "_errors",
+    "NamespaceSpec": "_buildspec",
+    "Node": "_buildspec",
+    "NsId": "_model",
+    "Opening": "_planned",
+    "Overmounted": "_errors",
+    "Pid": "_model",
+    "Plan": "_planned",
+    "PlanError": "_errors",
+    "PlannedGhost": "_planned",
+    "PlannedMount": "_planned",
+    "PlannedOpen": "_planned",
+    "PlannedTask": "_planned",
+    "Privileged": "_planned",
+    "ReadOnlySuperblock": "_errors",
+    "Refusal": "_planned",
+    "RegFile": "_model",
+    "RegId": "_model",
+    "Remap": "_model",
+    "RestoreError": "_errors",
+    "RevertError": "_errors",
+    "Sandbox": "_opensandbox",
+    "SandboxError": "_errors",
+    "Site": "_match",
+    "Target": "_targets",
+    "Task": "_model",
+    "TaskBarrier": "_barrier",
+    "UnsupportedError": "_errors",
+    "VerificationError": "_errors",
+    "WorkerDied": "_errors",
+    "WorkerHung": "_errors",
+    "make_plan": "_makeplan",
+    "open_leases": "_openleases",
+    "read_images": "_openimages",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -62,7 +206,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    value: object = getattr(importlib.import_module(_HOME_OF[name]), name)
+    value: object = getattr(importlib.import_module(f"ghostpool.{_HOME_OF[name]}"), name)
     globals()[name] = value  # the next access does not come here
     return value
 

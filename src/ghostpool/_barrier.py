@@ -18,9 +18,12 @@ from ghostpool._errors import BarrierBroken
 
 
 class TaskBarrier:
-    """A barrier for named parties, each of which arrives once.
+    """A barrier for named parties, each of which arrives once; for tasks of one event loop.
 
-    Without any party it is passed from the start. ValueError if a party is named twice.
+    Parties are whatever can be hashed. Nobody is let go before the last of them has arrived. It is
+    open until it is passed or broken, and stays that: who comes to a broken barrier, however late,
+    gets BarrierBroken at once. There is no time limit but the caller's own cancel scopes. Without
+    any party it is passed from the start. ValueError if a party is named twice.
     """
 
     def __init__(self, parties: Iterable[Hashable]) -> None:
@@ -39,6 +42,7 @@ class TaskBarrier:
 
     @property
     def broken(self) -> bool:
+        """A party failed, or was cancelled, before all had arrived."""
         return self._cause is not None
 
     @property
@@ -66,8 +70,9 @@ class TaskBarrier:
     async def arrive(self, party: Hashable) -> None:
         """Wait until all parties have arrived.
 
-        BarrierBroken, chained to the cause, if one failed instead. RuntimeError for a stranger
-        and for a party that arrives twice. Being cancelled in here breaks the barrier.
+        BarrierBroken, chained to the cause, if one failed instead, before or after this arrival.
+        RuntimeError for a stranger and for a party that arrives twice. Being cancelled in here
+        breaks the barrier for all the others, unless the last of them arrives at the same time.
         """
         self._require(party)
         if party in self._arrived:

@@ -66,10 +66,14 @@ class _Change:
 
 
 class MountLeases(Generic[M]):
-    """Leases on mounts, for concurrent tasks of one event loop.
+    """Leases on mounts, for concurrent tasks of one event loop; on live mounts by `open_leases`.
 
-    `revert_s` bounds each kernel call, in seconds, since cancellation can not. `reopen` and
-    `clock` are those of `LeaseTable`.
+    The first lease on a mount makes it writable, further ones only count, and the last one that
+    ends puts it back. Mounts are called by whatever can be hashed and `kernel` knows.
+
+    `revert_s` bounds each kernel call, in seconds, since cancellation can not. With `reopen` false,
+    a mount that was put back once is not opened a second time: a lease on it is BarrierBroken.
+    `clock` gives seconds and never goes back.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class MountLeases(Generic[M]):
 
     @asynccontextmanager
     async def hold(self, mounts: Iterable[M]) -> AsyncIterator[None]:
-        """Keep all of `mounts` writable inside the block.
+        """Keep all of `mounts` writable inside the block; one that is named twice counts once.
 
         Raises the kernel's error for the first mount that can not be made writable, after
         all others were let go; TimeoutError if the kernel does not answer in `revert_s`;
@@ -95,6 +99,9 @@ class MountLeases(Generic[M]):
         the kernel's error for it; an exception of the block is kept beside it in an
         ExceptionGroup. Only a cancellation gives way to the error alone: asyncio's scopes can
         not take a Cancelled out of a group, and the scope still is cancelled.
+
+        Cancelled before the block, it has changed nothing, or puts it back; waiting for the change
+        of another task ends at once. The changes themselves are shielded.
         """
         wanted = tuple(dict.fromkeys(mounts))
         held: list[M] = []
@@ -123,6 +130,7 @@ class MountLeases(Generic[M]):
         return self._table.usage()
 
     def statistics(self) -> LeaseStatistics:
+        """Numbers over all mounts, as of now."""
         return self._table.statistics()
 
     def __repr__(self) -> str:

@@ -124,10 +124,11 @@ class PoolMounts:
 
     def _error(self, handle: MountHandle, code: int, step: str) -> KernelError:
         advice = {
-            errno.ESTALE: "another mount is there since the plan was made",
-            errno.EINVAL: "the mount was taken off since the plan was made",
+            errno.ESTALE: "another mount is there since it was found",
+            errno.EINVAL: "the mount was taken off since it was found",
+            errno.ENOENT: "the mount was taken off since it was found",
             errno.EPERM: "its read-only flag is locked in this mount namespace",
-            errno.EROFS: "its superblock became read-only since the plan was made",
+            errno.EROFS: "its superblock became read-only since it was found",
         }.get(code)
         return kernel_error(Failure(0, code, step, b"", handle), self._mounts, advice)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import NewType
 
 import pytest
 
@@ -13,7 +16,8 @@ import ghostpool
 from ghostpool import _errors
 
 HEAVY = ["trio", "anyio", "google.protobuf", "psutil", "click", "rich", "asyncio", "typing"]
-ABOVE = str(Path(ghostpool.__file__).parent.parent)
+SOURCE = Path(ghostpool.__file__)
+ABOVE = str(SOURCE.parent.parent)
 
 
 def run_isolated(code: str) -> str:
@@ -97,11 +101,43 @@ def test_every_error_is_exported() -> None:
         assert getattr(ghostpool, name) is getattr(_errors, name)
 
 
+def seen_by_type_checkers() -> dict[str, str]:
+    """The names that are imported where only type checkers look, and their modules."""
+    (block,) = (node for node in ast.parse(SOURCE.read_text()).body if isinstance(node, ast.If))
+    assert isinstance(block.test, ast.Name)
+    assert block.test.id == "TYPE_CHECKING"
+    found = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        assert node.module is not None
+        for alias in node.names:
+            assert alias.asname is None
+            found[alias.name] = node.module.removeprefix("ghostpool.")
+    return found
+
+
 def test_every_exported_name_exists() -> None:
-    """`__all__`, `dir()` and the lazy table agree."""
+    """`__all__`, `dir()`, the lazy table and what type checkers see agree."""
+    table = ghostpool._HOME_OF
+    assert table == seen_by_type_checkers()
+    assert sorted(ghostpool.__all__) == sorted([*table, "__version__"])
     assert set(ghostpool.__all__) <= set(dir(ghostpool))
     for name in ghostpool.__all__:
         assert getattr(ghostpool, name) is not None
+
+
+def test_every_public_name_is_documented() -> None:
+    """With words of its own; but numbers with a name (NewType) have no place for them."""
+    for name in set(ghostpool.__all__) - {"__version__"}:
+        value = getattr(ghostpool, name)
+        if isinstance(value, NewType):
+            continue
+        words = inspect.getdoc(value)
+        assert words, name
+        assert not words.startswith(f"{name}("), f"{name}: that is its fields, made by Python"
+        for member, one in vars(value).items() if inspect.isclass(value) else ():
+            if not member.startswith("_") and inspect.isroutine(one):
+                assert inspect.getdoc(one), f"{name}.{member}"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
