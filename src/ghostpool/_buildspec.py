@@ -102,7 +102,16 @@ class BuildError(OSError):
 def marshal(namespaces: Sequence[NamespaceSpec]) -> tuple[Any, ...]:
     """Plain tuples for `unmarshal`: the marshal module refuses subclasses of tuple and int."""
     return tuple(
-        (ns.id, tuple((*mount[:-1], tuple(map(tuple, mount.nodes))) for mount in ns.mounts))
+        (
+            ns.id,
+            tuple(
+                (
+                    *mount._replace(attributes=int(mount.attributes))[:-1],
+                    tuple(map(tuple, mount.nodes)),
+                )
+                for mount in ns.mounts
+            ),
+        )
         for ns in namespaces
     )
 
