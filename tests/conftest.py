@@ -26,8 +26,9 @@ import pytest
 from hypothesis import settings
 
 import ghostpool
+from ghostpool.testing._missing import lacks_mount_namespaces
+from ghostpool.testing.pytest_plugin import require
 
-REQUIRE_ALL = os.environ.get("GHOSTPOOL_REQUIRE_ALL") == "1"
 # How long a process that was killed, or saw its socket close, may take to be gone.
 GRACE_S = float(os.environ.get("GHOSTPOOL_TEST_GRACE", "5"))
 TESTS = Path(__file__).parent
@@ -40,12 +41,6 @@ settings.load_profile("ghostpool")
 # -- Capabilities -------------------------------------------------------------------------------
 
 # Run in a child, so that neither the namespaces nor the loop device of a probe can stay.
-_PROBE_MOUNT_NS = """
-_linux.unshare(_linux.CLONE_NEWNS)
-_linux.mount(None, b"/", None, _linux.MS_REC | _linux.MS_PRIVATE)
-_linux.mount(b"probe", b"/", b"tmpfs", 0)
-"""
-
 # As root this drops to nobody first: an ordinary user must be able to do it. A process that
 # changed its ids is not dumpable, and its /proc/self/uid_map then belongs to root.
 _PROBE_USERNS = """
@@ -99,14 +94,6 @@ def _complaint(command: list[str]) -> str | None:
 
 
 @cache
-def _lacks_mount_ns() -> str | None:
-    if os.geteuid() != 0:
-        return "root with CAP_SYS_ADMIN (this is an ordinary user)"
-    problem = _run_probe(_PROBE_MOUNT_NS)
-    return problem and f"CAP_SYS_ADMIN, to make a mount namespace ({problem})"
-
-
-@cache
 def _lacks_strace() -> str | None:
     strace = shutil.which("strace")
     if strace is None:
@@ -132,7 +119,10 @@ def _lacks_userns() -> str | None:
 
 
 _CAPABILITIES: dict[str, tuple[Callable[[], str | None], str]] = {
-    "needs_mount_ns": (_lacks_mount_ns, "root that can make a mount namespace and mount in it"),
+    "needs_mount_ns": (
+        lacks_mount_namespaces,
+        "root that can make mount namespaces and mount in them",
+    ),
     "needs_strace": (_lacks_strace, "strace, allowed to trace its own children"),
     "needs_loop": (_lacks_loop, "loop devices and mkfs.ext4"),
     "needs_userns": (_lacks_userns, "user namespaces for ordinary users"),
@@ -153,12 +143,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for name, (lacks, _) in _CAPABILITIES.items():
         if item.get_closest_marker(name) is None:
             continue
-        missing = lacks()
-        if missing is None:
-            continue
-        if REQUIRE_ALL:
-            pytest.fail(f"GHOSTPOOL_REQUIRE_ALL=1, but this lacks {missing}", pytrace=False)
-        pytest.skip(f"lacks {missing}")
+        require(lacks())
 
 
 # -- Nothing is left behind ---------------------------------------------------------------------

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 from bench.images import Shape, write_images
 from ghostpool._buildspec import MountSpec, NamespaceSpec
 from ghostpool._linux import Attr
-from tests.support.namespaces import built, mountinfo
+from ghostpool.testing._targets import built
+from tests.support.namespaces import mountinfo
 
 FIRST_NAMESPACE = 10
 DESCRIPTORS = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

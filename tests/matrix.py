@@ -25,13 +25,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.faults.area import Fault
-from tests.faults.child import Plan
+from ghostpool.testing._area import Fault
+from ghostpool.testing._forked import fork
 from tests.faults.errnos import ERRNOS
-from tests.faults.running import Call, Case, Outcome, become_reaper, faults_of_call, run_case
+from tests.faults.running import (
+    Call,
+    Case,
+    Outcome,
+    Plan,
+    become_reaper,
+    faults_of_call,
+    run_case,
+)
 from tests.faults.scenes import Scene, definitions, standing
 from tests.faults.steps import scan
-from tests.support.namespaces import _fork
 
 JOBS = 2
 IDLE_JOBS = 8
@@ -106,7 +113,7 @@ def run_cells(cells: Sequence[Cell], jobs: int = JOBS) -> list[Result]:
     begun = []
     for number in range(min(jobs, len(cells))):
         reader, writer = os.pipe()
-        pid = _fork()
+        pid = fork()
         if pid == 0:
             _runner(cells[number::jobs], writer)
         os.close(writer)

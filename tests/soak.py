@@ -27,7 +27,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from ghostpool._buildspec import MountSpec, Node
-from tests.faults.area import Fault
+from ghostpool.testing._area import Fault
+from ghostpool.testing._forked import fork
 from tests.faults.running import Call, Case, Outcome, become_reaper, faults_of_call, run_case
 from tests.faults.scenes import (
     _ROOT,
@@ -42,7 +43,6 @@ from tests.faults.scenes import (
 )
 from tests.matrix import BACKENDS, JOBS
 from tests.support.imagewriter import O_RDWR, ImageSet
-from tests.support.namespaces import _fork
 
 MOMENT_S = 0.12
 """A restore takes about as long, so a fault comes anywhere in it, or too late."""
@@ -247,7 +247,7 @@ def run_all(restores: int, number: int, jobs: int = JOBS) -> Soak:
     for job in range(min(jobs, restores)):
         reader, writer = os.pipe()
         share = restores // jobs + (job < restores % jobs)
-        pid = _fork()
+        pid = fork()
         if pid == 0:
             _runner(share, number * jobs + job, writer)
         os.close(writer)

@@ -34,10 +34,10 @@ from ghostpool._linux import Attr
 from ghostpool._report import Report
 from ghostpool._restore import Restored
 from ghostpool._run import Prepared
+from ghostpool.testing._forked import in_child
 from tests.attackers.attacks import ATTACKS, EXTRA, MOVED, OWNER, REACHED, Attack, Place
 from tests.support.imagewriter import ImageSet
 from tests.support.live import process
-from tests.support.namespaces import in_child
 from tests.support.restore import Live, live
 
 LIMIT_S = 120.0
@@ -147,7 +147,7 @@ class Arena:
 
     def __init__(self, base: Path, target: Live, canary: Canary, mounts: tuple[int, int]) -> None:
         self.canary = canary
-        self.namespace = target.namespace
+        self.namespace = target.fd
         self._target = target
         self._rw, self._mnt = mounts
         self._images = _images(base)
@@ -163,7 +163,7 @@ class Arena:
         """What the error's command does: make the mount read-only."""
 
         def child() -> None:
-            _linux.setns(self._target.namespace, _linux.CLONE_NEWNS)
+            _linux.setns(self._target.fd, _linux.CLONE_NEWNS)
             _linux.mount_setattr(self._mnt, attr_set=int(Attr.RDONLY))
 
         in_child(child)

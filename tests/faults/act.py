@@ -1,4 +1,4 @@
-"""Carrying out a fault, from inside a worker or from its coordinator."""
+"""Faults beyond the package's own: cancellation, death of the coordinator, or of all at once."""
 
 from __future__ import annotations
 
@@ -6,52 +6,31 @@ import os
 import signal
 import time
 
-from tests.faults.area import Area, Fault
+from ghostpool.testing import _act
+from ghostpool.testing._act import alive
+from ghostpool.testing._area import Area, Fault
 
 CHILDREN = ("worker", "guardian", "build", "spawn", "forkserver")
 ACKNOWLEDGE_S = 2.0
 
 
-def act(area: Area, fault: Fault, coordinator: int, own: int) -> None:
-    """Let it happen; `own` is the process whose step it is. OSError for an errno."""
-    kind = fault[0]
-    if kind == "errno":
-        area.fired(1)
-        raise OSError(fault[1], os.strerror(fault[1]))
-    if kind == "cancel":
+def act(area: Area, fault: Fault, own: int, *, coordinator: int) -> bool:
+    """Let it happen, as `_act.act` does: ("cancel",) and ("kill", "coordinator" or "all") too."""
+    if fault[0] == "cancel":
         area.fired(1)
         os.kill(coordinator, signal.SIGUSR1)
         give_up = time.monotonic() + ACKNOWLEDGE_S
         while not area.acknowledged() and time.monotonic() < give_up:
             time.sleep(0.0005)
-    elif kind == "stop":
-        area.fired(1)
-        os.kill(own, signal.SIGSTOP)
-    elif fault[1] == "worker":
-        area.fired(1)
-        os.kill(own, signal.SIGKILL)
-    elif fault[1] == "coordinator":
+    elif fault == ("kill", "coordinator"):
         area.fired(1)
         os.kill(coordinator, signal.SIGKILL)
-    elif fault[1] == "all":
+    elif fault == ("kill", "all"):
         area.fired(1)
         everybody(area, coordinator)
-    else:  # the guardian, or the fork server, if there is one yet
-        for pid in alive(area.pids(fault[1])):
-            area.fired(1)
-            os.kill(pid, signal.SIGKILL)
-
-
-def alive(pids: list[int]) -> list[int]:
-    """Those that can still be signalled. None of them was waited for by anybody but its parent."""
-    found = []
-    for pid in pids:
-        try:
-            os.kill(pid, 0)
-            found.append(pid)
-        except ProcessLookupError:
-            pass
-    return found
+    else:
+        return _act.act(area, fault, own)
+    return True
 
 
 def everybody(area: Area, coordinator: int) -> None:

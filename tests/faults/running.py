@@ -15,7 +15,7 @@ import stat
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +30,10 @@ from ghostpool._planned import Policy
 from ghostpool._process import ForkServer
 from ghostpool._report import Report
 from ghostpool._workerclient import WorkerClient
-from tests.faults.act import act, alive
-from tests.faults.area import Area, Fault
-from tests.faults.child import BOOT, Plan
+from ghostpool.testing._act import alive
+from ghostpool.testing._area import Area, Fault
+from tests.faults.act import act
+from tests.faults.child import BOOT
 from tests.faults.scenes import Scene
 
 TESTS = Path(__file__).parents[2]
@@ -43,6 +44,10 @@ GONE_S = 20.0
 STALL_S = 0.3
 """So long a worker may do nothing at all; a false alarm on a busy machine is undone as well."""
 PR_SET_CHILD_SUBREAPER = 36
+
+
+Plan = Sequence[tuple[str, Fault]]
+"""Steps, as they are noted, and what is to happen at the first arrival at each."""
 
 
 class Call(NamedTuple):
@@ -95,7 +100,16 @@ def become_reaper() -> None:
 
 def run_case(scene: Scene, case: Case, directory: Path, *, again: bool = True) -> Outcome:
     """Run it and look; with `again` the scene is as before afterwards, whatever came of it."""
-    area = Area.create(str(directory / "area"))
+    area = Area.create()
+    try:
+        return _run_case(scene, case, directory, area, again)
+    finally:
+        area.close()
+
+
+def _run_case(scene: Scene, case: Case, directory: Path, area: Area, again: bool) -> Outcome:
+    for step, fault in case.plan:
+        area.arm(step, fault)
     run_directory = directory / "run"
     run_directory.mkdir(mode=0o700, exist_ok=True)
     outcome = Outcome()
@@ -246,7 +260,8 @@ def _strike(area: Area, case: Case, coordinator: int) -> None:
     """A fault from outside, at no particular point of the run."""
     workers = alive(area.pids("worker"))
     if workers or case.fault not in (("kill", "worker"), ("stop",)):
-        act(area, case.fault, coordinator, workers[-1] if workers else 0)
+        own = workers[-1] if workers else 0
+        act(area, case.fault, own, coordinator=coordinator)
 
 
 def _until_end(
@@ -312,9 +327,7 @@ class _Coordinator:
         self._asked = -1
 
     def run(self) -> dict[str, Any]:
-        boot = BOOT.format(
-            tests=str(TESTS), area=self._area_path(), coordinator=os.getpid(), plan=self._case.plan
-        )
+        boot = BOOT.format(tests=str(TESTS), area=self._area.path, coordinator=os.getpid())
         _launch._BOOT = boot
         self._patch()
         self._asked, writer = os.pipe()
@@ -338,9 +351,6 @@ class _Coordinator:
             "fired": self._area.fired(),
             "red": red,
         }
-
-    def _area_path(self) -> str:
-        return os.path.join(os.path.dirname(os.environ["GHOSTPOOL_RUN_DIR"]), "area")
 
     def _named(self, error: BaseException | None, red: list[str]) -> str:
         if error is None:
@@ -409,7 +419,7 @@ class _Coordinator:
             self._area.fired(1)
             self._cancel()
         elif child or fault not in (("kill", "worker"), ("stop",)):
-            act(self._area, fault, os.getpid(), child)
+            act(self._area, fault, child, coordinator=os.getpid())
 
 
 @contextlib.asynccontextmanager

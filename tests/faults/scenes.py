@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 from ghostpool import _linux
 from ghostpool._buildspec import MountSpec, NamespaceSpec, Node
 from ghostpool._linux import Attr
+from ghostpool.testing._forked import fork
+from ghostpool.testing._namespace import enter
+from ghostpool.testing._targets import built
 from tests.support.imagewriter import ImageSet
 from tests.support.live import host_programs
-from tests.support.namespaces import _fork, built, enter
 
 RO = int(Attr.RDONLY)
 MS_RO = 0x200001
@@ -157,7 +159,7 @@ class Keeper:
 
     def __init__(self, namespace: int) -> None:
         mine, theirs = os.pipe(), os.pipe()
-        self.pid = _fork()
+        self.pid = fork()
         if self.pid == 0:
             try:
                 _linux.prctl(_linux.PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -19,14 +19,10 @@ from ghostpool._images import read_images
 from ghostpool._linux import ATIME_MASK, Attr
 from ghostpool._mountinfo import LiveMount
 from ghostpool._sandbox import specs_from_images
-from tests.support.namespaces import (
-    become_ordinary_user,
-    built,
-    enter,
-    in_child,
-    inside,
-    mountinfo,
-)
+from ghostpool.testing._forked import in_child
+from ghostpool.testing._namespace import enter
+from ghostpool.testing._targets import built
+from tests.support.namespaces import become_ordinary_user, inside, mountinfo
 from tests.support.truth import specs_from_truth
 
 CORPUS = Path(__file__).parents[1] / "corpus"

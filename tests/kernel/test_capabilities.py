@@ -26,8 +26,8 @@ from ghostpool._planned import Policy
 from ghostpool._process import ForkServer
 from ghostpool._report import Report
 from ghostpool._workerclient import WorkerClient
+from ghostpool.testing._forked import in_child
 from tests.support.imagewriter import ImageSet
-from tests.support.namespaces import in_child
 from tests.support.restore import ghostpool, live, make_read_only, mount_tmpfs
 
 pytestmark = [pytest.mark.needs_mount_ns, pytest.mark.anyio]
@@ -197,7 +197,7 @@ async def test_what_a_worker_holds(tmp_path: Path, watched: dict[str, list[Held]
     with live(make_data) as target:
         await restore(images, target.pid)
         await restore(images, target.pid, keep=True)
-        namespace = os.readlink(f"/proc/self/fd/{target.namespace}")
+        namespace = os.readlink(f"/proc/self/fd/{target.fd}")
     phases = set()
     for held in watched["worker"]:
         links = held.descriptors

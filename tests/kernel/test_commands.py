@@ -24,9 +24,9 @@ from typing import Any
 import pytest
 
 from ghostpool import _linux
+from ghostpool.testing._targets import built
 from tests.support.corpus import CORPUS, corpus
 from tests.support.imagewriter import O_RDONLY, O_RDWR, ImageSet
-from tests.support.namespaces import built
 from tests.support.restore import (
     COMMAND,
     PROBE,
@@ -85,7 +85,7 @@ class Stage:
 
     def look(self) -> Seen:
         """The target's mounts, and its files below `base`."""
-        return look(self.target.namespace, str(self.base))
+        return look(self.target.fd, str(self.base))
 
 
 def make_images(base: Path, directory: Path) -> Path:
@@ -125,7 +125,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
             make_read_only(base / name)
 
     with live(setup) as target:
-        before = look(target.namespace, str(base))
+        before = look(target.fd, str(base))
         yield Stage(base, make_images(base, tmp_path / "images"), target, before)
 
 
@@ -168,7 +168,7 @@ def test_command_holds_its_task_and_nothing_else(stage: Stage, tmp_path: Path) -
         assert facts["task"] == str(task)
         assert facts["cwd"] == "/"
         assert facts["soft_limit"] == 801
-        inode = os.fstat(stage.target.namespace).st_ino
+        inode = os.fstat(stage.target.fd).st_ino
         assert facts["mount_namespace"] == f"mnt:[{inode}]"
         # The command saw the mounts as they were before, and no name of ours.
         assert facts["mountinfo"].encode() == stage.before.mounts
@@ -455,14 +455,14 @@ def test_socket_in_the_run_directory(stage: Stage, monkeypatch: pytest.MonkeyPat
     ):
         directory = Path(served.socket).parent
         assert directory == Path("/run/ghostpool")
-        seen = look(other.namespace, "/run").files
+        seen = look(other.fd, "/run").files
         assert stat.S_IMODE(seen[str(directory)][0]) == 0o700
         assert seen[served.socket][0] == stat.S_IFSOCK | 0o600
         for task in (1, 2):
             consumer = ["fetch", "--socket", served.socket, "--task", task, "--", "true"]
             assert ghostpool(*consumer, prefix=entering(other)).returncode == 0
         assert served.process.wait(timeout=30) == 0
-        assert set(look(other.namespace, "/run").files) == {"/run", "/run/ghostpool"}
+        assert set(look(other.fd, "/run").files) == {"/run", "/run/ghostpool"}
 
 
 @pytest.mark.parametrize(("mode", "owner"), [(0o711, 0), (0o770, 0), (0o700, 1)])
@@ -480,7 +480,7 @@ def test_run_directory_of_others(
 
     with live(setup) as other:
         done = stage.run(prefix=entering(other))
-        assert set(look(other.namespace, "/run").files) == {"/run", "/run/ghostpool"}
+        assert set(look(other.fd, "/run").files) == {"/run", "/run/ghostpool"}
     assert (done.returncode, done.stdout) == (2, "")
     one_line(done.stderr, "/run/ghostpool is open to others: name .* with GHOSTPOOL_RUN_DIR")
     assert stage.look() == stage.before

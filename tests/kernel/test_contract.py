@@ -29,9 +29,9 @@ from ghostpool._report import Report
 from ghostpool._run import Request, prepared
 from ghostpool._rundir import open_run_directory
 from ghostpool.testing import Call, FakeKernel, Stage
+from ghostpool.testing._namespace import enter
 from tests.support.imagewriter import ImageSet
 from tests.support.live import Live, live, process, read_only
-from tests.support.namespaces import enter
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs_mount_ns]
 
@@ -136,14 +136,14 @@ class Real:
 
     def unmount(self, name: str) -> None:
         mountpoint = b"/" + name.encode()
-        self._target(name).inside(lambda: _linux.umount2(mountpoint, _linux.MNT_DETACH))
+        self._target(name).run(lambda: _linux.umount2(mountpoint, _linux.MNT_DETACH))
 
     def make_writable(self, name: str) -> None:
         def clear() -> None:
             root = os.open(f"/{name}", os.O_PATH)
             _linux.mount_setattr(root, attr_clr=int(Attr.RDONLY))
 
-        self._target(name).inside(clear)
+        self._target(name).run(clear)
 
     @contextmanager
     def losing_answers(self) -> Iterator[None]:

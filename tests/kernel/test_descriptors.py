@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from ghostpool._protocol import BlockingChannel
+from ghostpool.testing._forked import in_child
 from tests.support.imagewriter import ImageSet, ghosts_on
 from tests.support.live import Live, Run, command, live, read_only, run_argv
-from tests.support.namespaces import in_child
 
 pytestmark = pytest.mark.needs_mount_ns
 

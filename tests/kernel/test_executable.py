@@ -23,9 +23,9 @@ from ghostpool._capabilities import COMMAND, ENTER, WORKER, Cap
 from ghostpool._launch import launch
 from ghostpool._process import ForkServer
 from ghostpool._workerclient import WorkerClient
+from ghostpool.testing._forked import in_child
 from tests.kernel.test_capabilities import attempt
 from tests.support.live import process
-from tests.support.namespaces import in_child
 
 pytestmark = [pytest.mark.needs_mount_ns, pytest.mark.anyio]
 

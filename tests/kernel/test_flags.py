@@ -19,8 +19,9 @@ from pathlib import Path
 import pytest
 
 from ghostpool._linux import Attr
+from ghostpool.testing._namespace import options_of
 from tests.support.imagewriter import ImageSet
-from tests.support.live import Live, argv_of, live, options_of, read_only, run_argv
+from tests.support.live import Live, argv_of, live, read_only, run_argv
 
 pytestmark = pytest.mark.needs_mount_ns
 

@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 
 from ghostpool import _linux
+from ghostpool.testing._targets import built
 from tests.kernel.test_steps import CASE, IDS, names
 from tests.support.corpus import CORPUS, corpus
 from tests.support.crash import Whom, children, coordinate, journals, own_paths, wait_for
 from tests.support.imagewriter import ghosts_on
 from tests.support.live import Live, live, read_only
 from tests.support.live import run as command
-from tests.support.namespaces import built, inside, mountinfo
+from tests.support.namespaces import inside, mountinfo
 from tests.support.truth import specs_from_truth
 
 pytestmark = pytest.mark.needs_mount_ns
@@ -113,11 +114,11 @@ def test_nobody_can_hold_a_mount_writable_by_its_names(many: tuple[Path, Live]) 
         os.unlink("/data/d")
         os.rename("/data/aside", "/data/d")
 
-    target.inside(lambda: _writable_for(back))
+    target.run(lambda: _writable_for(back))
     recovered = command("recover")
     assert recovered.status == 0, recovered
     assert not target.is_writable(b"/data")
-    assert target.inside(lambda: os.listdir("/data/d")) == []
+    assert target.run(lambda: os.listdir("/data/d")) == []
     assert journals() == []
 
 
@@ -153,7 +154,7 @@ def test_fork_server_killed(many: tuple[Path, Live]) -> None:
     assert "RevertError" in run.stderr
     assert wait_for(lambda: not children())
     assert not target.is_writable(b"/data")
-    assert target.inside(lambda: os.listdir("/data/d")) == []
+    assert target.run(lambda: os.listdir("/data/d")) == []
     assert journals() == []
 
 

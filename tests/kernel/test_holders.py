@@ -12,7 +12,8 @@ import pytest
 
 from ghostpool._buildspec import MountSpec, NamespaceSpec, Node
 from ghostpool._holders import holders
-from tests.support.namespaces import built, inside, mountinfo
+from ghostpool.testing._targets import built
+from tests.support.namespaces import inside, mountinfo
 from tests.support.restore import live, mount_tmpfs
 
 pytestmark = pytest.mark.needs_mount_ns
@@ -43,7 +44,7 @@ def hold(how: str) -> None:
 @pytest.mark.parametrize("how", ["writer", "unlinked", "map shared", "map private"])
 def test_writers_are_found(how: str) -> None:
     with live(lambda: hold(how)) as target:
-        (mount,) = [m for m in mountinfo(target.namespace) if m.mountpoint == b"/mnt"]
+        (mount,) = [m for m in mountinfo(target.fd) if m.mountpoint == b"/mnt"]
         (found,) = holders(mount.mnt_id)
     assert found.pid == target.pid
     assert found.path == "/mnt/file" + (" (deleted)" if how == "unlinked" else "")
@@ -53,7 +54,7 @@ def test_writers_are_found(how: str) -> None:
 @pytest.mark.parametrize("how", ["reader", "path", "fifo"])
 def test_who_can_not_write_is_not_named(how: str) -> None:
     with live(lambda: hold(how)) as target:
-        (mount,) = [m for m in mountinfo(target.namespace) if m.mountpoint == b"/mnt"]
+        (mount,) = [m for m in mountinfo(target.fd) if m.mountpoint == b"/mnt"]
         assert holders(mount.mnt_id) == []
 
 

@@ -25,6 +25,8 @@ import psutil
 import pytest
 
 from ghostpool._linux import Attr
+from ghostpool.testing import Snapshot
+from ghostpool.testing._namespace import enter
 from tests.support.crash import journals
 from tests.support.imagewriter import ImageSet
 from tests.support.live import (
@@ -32,7 +34,6 @@ from tests.support.live import (
     RUN_S,
     Live,
     Run,
-    Snapshot,
     assert_gone,
     descendants,
     host_programs,
@@ -43,7 +44,6 @@ from tests.support.live import (
     run,
     running,
 )
-from tests.support.namespaces import enter
 
 pytestmark = pytest.mark.needs_mount_ns
 

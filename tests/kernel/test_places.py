@@ -26,8 +26,9 @@ from ghostpool._model import NsId
 from ghostpool._planned import Policy
 from ghostpool._report import Report
 from ghostpool._restore import Restoration, Restored
+from ghostpool.testing._targets import built
 from tests.support.imagewriter import ImageSet
-from tests.support.namespaces import built, inside
+from tests.support.namespaces import inside
 from tests.support.restore import look
 
 pytestmark = pytest.mark.needs_mount_ns

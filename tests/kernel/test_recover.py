@@ -30,13 +30,16 @@ from ghostpool._buildspec import Node
 from ghostpool._journal import MAGIC, Journal, JournalNamespace
 from ghostpool._linux import Attr
 from ghostpool._namespaces import find_namespaces
+from ghostpool.testing import Snapshot
+from ghostpool.testing._namespace import enter
+from ghostpool.testing._targets import built
 from tests.kernel.test_guardian import IMAGES, look
 from tests.kernel.test_steps import CASE, IDS
 from tests.support.corpus import corpus
 from tests.support.crash import children, coordinate, journals, own_paths, run_directory, wait_for
 from tests.support.imagewriter import ImageSet, ghosts_on
-from tests.support.live import Live, Run, Snapshot, live, process, read_only, run, tmpfs
-from tests.support.namespaces import built, enter, mountinfo
+from tests.support.live import Live, Run, live, process, read_only, run, tmpfs
+from tests.support.namespaces import mountinfo
 from tests.support.truth import specs_from_truth
 
 pytestmark = pytest.mark.needs_mount_ns
@@ -214,7 +217,7 @@ def attributes(target: Live, mountpoint: bytes, *, add: int = 0, clear: int = 0)
         fd = os.open(mountpoint, os.O_PATH)
         _linux.mount_setattr(fd, attr_set=add, attr_clr=clear)
 
-    target.inside(change)
+    target.run(change)
 
 
 def test_changed_options_are_left_alone(scene: Scene) -> None:
@@ -252,7 +255,7 @@ def test_mount_that_was_taken_off(scene: Scene) -> None:
         flags = _linux.MS_NOSUID | _linux.MS_NODEV
         _linux.mount(b"t2", b"/data", b"tmpfs", flags)
 
-    scene.target.inside(exchange)
+    scene.target.run(exchange)
     done = recovered()
     assert "/data" in done.out
     assert "taken off" in done.out
@@ -263,11 +266,11 @@ def test_mount_that_was_taken_off(scene: Scene) -> None:
 def test_hidden_mount(scene: Scene) -> None:
     """No path leads to it: it is left, and done when it can be reached again."""
     scene.crash()
-    scene.target.inside(lambda: _linux.mount(b"over", b"/data", b"tmpfs", 0))
+    scene.target.run(lambda: _linux.mount(b"over", b"/data", b"tmpfs", 0))
     left = run("recover")
     assert left.status == 3, left
     assert "hides it" in left.out
-    scene.target.inside(lambda: _linux.umount2(b"/data", 0))
+    scene.target.run(lambda: _linux.umount2(b"/data", 0))
     recovered()
     scene.assert_as_before()
 
@@ -284,10 +287,10 @@ def test_moved_mount(scene: Scene) -> None:
 
         return child
 
-    scene.target.inside(move(b"/data", b"/elsewhere"))
+    scene.target.run(move(b"/data", b"/elsewhere"))
     recovered()
-    scene.target.inside(move(b"/elsewhere", b"/data"))
-    scene.target.inside(lambda: os.rmdir("/elsewhere"))
+    scene.target.run(move(b"/elsewhere", b"/data"))
+    scene.target.run(lambda: os.rmdir("/elsewhere"))
     lines = scene.look().mountinfo.splitlines()
     assert sorted(lines) == sorted(scene.before.mountinfo.splitlines())
     assert scene.temporaries() == []
@@ -303,9 +306,9 @@ def test_root_that_was_renamed_or_removed(tmp_path: Path, how: str) -> None:
         scene = Scene(target, images(tmp_path / "images"))
         scene.crash()
         if how == "renamed":
-            target.inside(lambda: os.rename("/vol/sub", "/vol/other"))
+            target.run(lambda: os.rename("/vol/sub", "/vol/other"))
         else:
-            target.inside(lambda: shutil.rmtree("/vol/sub"))
+            target.run(lambda: shutil.rmtree("/vol/sub"))
         done = recovered()
         assert "/data in mnt:[" in done.out
         assert not target.is_writable(rb"/data")
@@ -336,10 +339,10 @@ def test_name_that_another_file_has(tmp_path: Path) -> None:
         def put() -> None:
             Path("/data/d/gone").write_text("somebody's")
 
-        target.inside(put)  # the mount is writable still
+        target.run(put)  # the mount is writable still
         done = recovered()
         assert "another file has the name now" in done.out
-        assert target.inside(lambda: Path("/data/d/gone").read_text()) == "somebody's"
+        assert target.run(lambda: Path("/data/d/gone").read_text()) == "somebody's"
 
 
 def test_directory_that_was_exchanged(scene: Scene) -> None:
@@ -349,7 +352,7 @@ def test_directory_that_was_exchanged(scene: Scene) -> None:
         os.rename("/data/d", "/data/moved")
         os.mkdir("/data/d", 0o755)
 
-    scene.target.inside(exchange)
+    scene.target.run(exchange)
     left = run("recover")
     assert left.status == 3, left
     assert "another directory has the name now" in left.out

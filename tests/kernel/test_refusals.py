@@ -24,12 +24,14 @@ import pytest
 from ghostpool import _linux
 from ghostpool._buildspec import MountSpec, Node
 from ghostpool._linux import Attr
+from ghostpool.testing import Snapshot
+from ghostpool.testing._forked import in_child
+from ghostpool.testing._namespace import enter
+from ghostpool.testing._snapshot import walk
 from tests.support.imagewriter import O_RDWR, ImageSet
 from tests.support.live import (
     Live,
     Run,
-    Snapshot,
-    _walk,
     assert_refused,
     command,
     live,
@@ -39,7 +41,6 @@ from tests.support.live import (
     run_argv,
     tmpfs,
 )
-from tests.support.namespaces import enter, in_child
 
 pytestmark = pytest.mark.needs_mount_ns
 
@@ -198,7 +199,7 @@ def on_host(images: Path, mountpoint: Path, attributes: Attr) -> tuple[Run, bool
 
         def state() -> tuple[bytes, dict[str, Any]]:
             found: dict[str, Any] = {}
-            _walk(found, "", point)
+            walk(found, "", point)
             return Path("/proc/self/mountinfo").read_bytes(), found
 
         before = state()

@@ -19,8 +19,9 @@ import pytest
 
 from ghostpool import _linux
 from ghostpool._mountinfo import LiveMount
+from ghostpool.testing._targets import built
 from tests.support.corpus import CORPUS, corpus
-from tests.support.namespaces import built, mountinfo
+from tests.support.namespaces import mountinfo
 from tests.support.restore import (
     Probe,
     Served,

@@ -140,7 +140,7 @@ def restore_filled(
         nonlocal seen
         seen += name == request
         if name == request and seen == number:
-            target.inside(shrink)
+            target.run(shrink)
         return await original(self, slot, name, *args, **keywords)
 
     async def story() -> None:

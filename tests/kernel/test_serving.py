@@ -15,9 +15,9 @@ import pytest
 from ghostpool import _linux
 from ghostpool._errors import PlanError
 from ghostpool._listener import Listener
+from ghostpool.testing._forked import in_child
 from tests.kernel.test_capabilities import make_data, make_images
 from tests.support.live import process
-from tests.support.namespaces import in_child
 from tests.support.restore import Live, ghostpool, live, serving
 
 pytestmark = pytest.mark.needs_mount_ns

@@ -25,8 +25,9 @@ from ghostpool._pool import WorkerPool
 from ghostpool._protocol import Failure
 from ghostpool._report import Report
 from ghostpool._workerclient import WorkerClient, WorkerFailure
+from ghostpool.testing._targets import built
 from tests.support.corpus import CORPUS, corpus
-from tests.support.namespaces import built, inside, mountinfo
+from tests.support.namespaces import inside, mountinfo
 from tests.support.truth import specs_from_truth
 
 pytestmark = [pytest.mark.needs_mount_ns, pytest.mark.anyio]

@@ -1,16 +1,14 @@
 """Live targets for tests: processes in private mount namespaces, and what they looked like.
 
-`live` builds namespaces and keeps one process in each, as a container would. `Snapshot` is all
-that a run could have touched there: the mount table byte for byte, and every file of every
-mount, hidden ones included. Two of them are equal only if nothing was touched in between.
+`live` builds namespaces and keeps one process in each, as a container would; what they look like
+and looked like is told by the package's own `Namespace` and `Snapshot`. Two snapshots are equal
+only if nothing was touched in between.
 The test's own namespace is never changed: everything happens in children.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import select
 import signal
 import stat
@@ -18,8 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +25,8 @@ import psutil
 from ghostpool import _linux
 from ghostpool._buildspec import MountSpec, NamespaceSpec, Node
 from ghostpool._linux import Attr
-from ghostpool._mountinfo import LiveMount, parse_line
-from tests.support.namespaces import _fork, built, enter, in_child
+from ghostpool.testing import Namespace, Snapshot, built_targets
+from ghostpool.testing._forked import fork
 
 REFUSAL_S = 5.0
 """Seconds in which a refusal must come."""
@@ -39,7 +36,6 @@ RUN_S = 30.0
 """Seconds after which a run of the command hangs."""
 
 ROOT = MountSpec(1, 0, b"/", superblock=1, source="rootfs", options="size=1m,mode=755")
-_OPTIONS = re.compile(rb"^(?:\S+ ){4}(\S+) (\S+) ")
 
 
 def tmpfs(number: int, mountpoint: bytes, **fields: Any) -> MountSpec:
@@ -85,139 +81,8 @@ def host_programs(first: int) -> tuple[tuple[Node, ...], tuple[MountSpec, ...]]:
 
 # -- Targets ------------------------------------------------------------------------------------
 
-
-class Entry(NamedTuple):
-    """One file of a snapshot."""
-
-    mode: int
-    owner: tuple[int, int]
-    inode: int
-    links: int
-    rdev: int
-    size: int
-    times: tuple[int, int]
-    """Modification and change, in nanoseconds: a name made and removed again shows in these."""
-    content: str
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Mount table and files of a namespace."""
-
-    mountinfo: bytes
-    files: dict[str, Entry]
-
-    def names(self) -> set[tuple[str, int, str]]:
-        """Path, inode and content of every file."""
-        return {(path, entry.inode, entry.content) for path, entry in self.files.items()}
-
-    def without_directory_times(self) -> Snapshot:
-        """What must be equal after an undone restore: it did work in the directories."""
-        return Snapshot(
-            self.mountinfo,
-            {
-                path: entry._replace(times=(0, 0)) if stat.S_ISDIR(entry.mode) else entry
-                for path, entry in self.files.items()
-            },
-        )
-
-
-@dataclass(frozen=True)
-class Live:
-    """A process in a mount namespace."""
-
-    pid: int
-    fd: int
-    """Descriptor of the namespace."""
-
-    def inside(self, function: Callable[[], Any]) -> Any:
-        """`function`'s result from a child in the namespace."""
-
-        def child() -> Any:
-            enter(self.fd)
-            return function()
-
-        return in_child(child)
-
-    def mountinfo(self) -> bytes:
-        return Path(f"/proc/{self.pid}/mountinfo").read_bytes()
-
-    def table(self) -> list[LiveMount]:
-        """The mount table, read as the package reads it."""
-        return [parse_line(line) for line in self.mountinfo().splitlines()]
-
-    def options(self) -> dict[bytes, list[str]]:
-        """Per-mount options by mount point, as the kernel spells them."""
-        return options_of(self.mountinfo())
-
-    def is_writable(self, mountpoint: bytes) -> bool:
-        return self.options()[mountpoint][0] == "rw"
-
-    def snapshot(self) -> Snapshot:
-        table = self.mountinfo()
-        proc = os.open("/proc", os.O_PATH)
-        try:
-            files = self.inside(lambda: _walk_all(proc))
-        finally:
-            os.close(proc)
-        return Snapshot(table, {path: Entry(*entry) for path, entry in files.items()})
-
-
-def options_of(mountinfo: bytes) -> dict[bytes, list[str]]:
-    """Per-mount options by mount point, out of the text of a mountinfo."""
-    found = {}
-    for line in mountinfo.splitlines():
-        match = _OPTIONS.match(line)
-        assert match is not None, line
-        found[match[1]] = match[2].decode().split(",")
-    return found
-
-
-def _walk_all(proc: int) -> dict[str, tuple[Any, ...]]:
-    """Every file of every mount, in a child: in a copy of the namespace, taken apart from the top.
-
-    Unmounting from the last line to the first shows what other mounts hide.
-    """
-    _linux.unshare(_linux.CLONE_NEWNS)
-    _linux.mount(None, b"/", None, _linux.MS_REC | _linux.MS_PRIVATE)
-    table = os.open("self/mountinfo", os.O_RDONLY, dir_fd=proc)
-    with open(table, "rb") as file:
-        lines = file.read().splitlines()
-    found: dict[str, tuple[Any, ...]] = {}
-    for number, mount in reversed(list(enumerate(map(parse_line, lines)))):
-        if mount.fstype == "tmpfs":
-            _walk(found, f"{number}:{os.fsdecode(mount.mountpoint)}", mount.mountpoint)
-        if mount.mountpoint != b"/":
-            try:
-                _linux.umount2(mount.mountpoint, _linux.MNT_DETACH)
-            except OSError:
-                pass  # locked, in the namespace of another user namespace: nothing is below it
-    return found
-
-
-def _walk(found: dict[str, tuple[Any, ...]], label: str, path: bytes) -> None:
-    status = os.lstat(path)
-    content = ""
-    if stat.S_ISREG(status.st_mode):
-        with open(path, "rb") as file:
-            content = hashlib.sha256(file.read()).hexdigest()
-    elif stat.S_ISLNK(status.st_mode):
-        content = os.fsdecode(os.readlink(path))
-    found[label] = (
-        status.st_mode,
-        (status.st_uid, status.st_gid),
-        status.st_ino,
-        status.st_nlink,
-        status.st_rdev,
-        status.st_size,
-        (status.st_mtime_ns, status.st_ctime_ns),
-        content,
-    )
-    if stat.S_ISDIR(status.st_mode):
-        for name in sorted(os.listdir(path)):
-            below = os.path.join(path, name)
-            if os.lstat(below).st_dev == status.st_dev:
-                _walk(found, f"{label}/{os.fsdecode(name)}", below)
+Live = Namespace
+"""A process in a mount namespace."""
 
 
 @contextmanager
@@ -227,7 +92,7 @@ def process(body: Callable[[Callable[[], None]], object]) -> Iterator[int]:
     The pid, from then on; the child is killed and reaped at the end.
     """
     reader, writer = os.pipe()
-    pid = _fork()
+    pid = fork()
     if pid == 0:
         try:
             _linux.prctl(_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -246,20 +111,6 @@ def process(body: Callable[[Callable[[], None]], object]) -> Iterator[int]:
 
 
 @contextmanager
-def holder(namespace: int) -> Iterator[int]:
-    """Pid of a process that stays in the mount namespace."""
-
-    def body(ready: Callable[[], None]) -> None:
-        enter(namespace)
-        ready()
-        while True:
-            signal.pause()
-
-    with process(body) as pid:
-        yield pid
-
-
-@contextmanager
 def live(*namespaces: Sequence[MountSpec]) -> Iterator[list[Live]]:
     """One process in a namespace of its own for each list of mounts; the root may be left out."""
     specs = []
@@ -274,8 +125,8 @@ def live(*namespaces: Sequence[MountSpec]) -> Iterator[list[Live]]:
             for mount in (mounts if mounts[0].parent == 0 else (ROOT, *mounts))
         )
         specs.append(NamespaceSpec(10 + number, own))
-    with built(specs) as fds, ExitStack() as stack:
-        yield [Live(stack.enter_context(holder(fd)), fd) for fd in fds]
+    with built_targets(*specs) as targets:
+        yield list(targets.values())
 
 
 # -- Runs of the command ------------------------------------------------------------------------

@@ -17,15 +17,16 @@ import signal
 import stat
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ghostpool import _linux
 from ghostpool._linux import Attr
-from tests.support.namespaces import _fork, enter, in_child
+from ghostpool.testing import Namespace, private_namespace
+from ghostpool.testing._forked import in_child
+from ghostpool.testing._namespace import enter
 
 LIMIT_S = 60
 """Seconds after which a command under test is taken for hung."""
@@ -246,50 +247,9 @@ def _file(path: str) -> tuple[Any, ...]:
 # -- A live process to restore into -------------------------------------------------------------
 
 
-class Live(NamedTuple):
-    """A process in a private mount namespace."""
-
-    pid: int
-    namespace: int
-    """A descriptor of its mount namespace."""
-
-
-@contextmanager
-def live(setup: Callable[[], object]) -> Iterator[Live]:
-    """A process in a private copy of the machine's mounts, which `setup` changes first."""
-    told_here, told_there = os.pipe()
-    wait_here, wait_there = os.pipe()
-    pid = _fork()
-    if pid == 0:
-        os.close(wait_there)
-        _live(setup, told_there, wait_here)
-    os.close(told_there)
-    os.close(wait_here)
-    try:
-        with open(told_here) as pipe:
-            trouble = pipe.read()
-        assert not trouble, trouble
-        namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield Live(pid, namespace)
-        finally:
-            os.close(namespace)
-    finally:
-        os.close(wait_there)
-        os.waitpid(pid, 0)
-
-
-def _live(setup: Callable[[], object], told: int, wait: int) -> None:
-    try:
-        _linux.unshare(_linux.CLONE_NEWNS)
-        _linux.mount(None, b"/", None, _linux.MS_REC | _linux.MS_PRIVATE)
-        setup()
-        os.close(told)
-        os.read(wait, 1)
-    except BaseException:  # noqa: BLE001  it is told to the test
-        os.write(told, traceback.format_exc().encode())
-    finally:
-        os._exit(0)
+Live = Namespace
+"""A process in a private mount namespace."""
+live = private_namespace
 
 
 def mount_tmpfs(path: Path, flags: int = 0) -> None:

@@ -8,10 +8,22 @@ from pathlib import Path
 import ghostpool
 
 SOURCES = Path(ghostpool.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(SOURCES).with_suffix("").parts): path
+    for path in sorted(SOURCES.rglob("*.py"))
+}
+"""By name below the package."""
 
 # From the top; a module imports only from lines below its own (or earlier ones of its line: none).
 LAYERS = [
     "__main__ __init__",
+    "testing.pytest_plugin",
+    "testing.__init__",
+    "testing._faults testing._missing testing._targets",
+    "testing._fake testing._namespace",
+    "testing._faultserver testing._forked testing._snapshot",
+    "testing._act",
+    "testing._area",
     "_cli",
     "_demo _fetch _options _serve",
     "_deliver _makeplan _show",
@@ -22,7 +34,7 @@ LAYERS = [
     "_survey",
     "_ledger _mountkernel",
     "_guard _mend",
-    "_pool testing",
+    "_pool",
     "_barrier _lease _memory _plan",
     "_admission _holders _lease_table _room _slots",
     "_listener _needs _planned",
@@ -51,6 +63,8 @@ CHILD_SIDE = """
     _directories _failed _journal _protocol _confine _buildspec _identity _mountinfo
     _capabilities _seal
 """
+OBSERVED = "testing._faultserver testing._act testing._area"
+"""What a fork server under test has besides."""
 
 
 def imports_of(path: Path) -> set[str]:
@@ -61,6 +75,9 @@ def imports_of(path: Path) -> set[str]:
             assert node.level == 0, f"{path.name}: relative import"
             if node.module == "ghostpool":
                 found |= {alias.name for alias in node.names if alias.name.startswith("_")}
+            elif node.module == "ghostpool.testing":
+                names = {f"testing.{alias.name}" for alias in node.names}
+                found |= {name if name in MODULES else "testing.__init__" for name in names}
             elif node.module.startswith("ghostpool."):
                 found.add(node.module.removeprefix("ghostpool."))
     return found - {"__version__"}
@@ -68,16 +85,16 @@ def imports_of(path: Path) -> set[str]:
 
 def test_every_module_has_its_layer() -> None:
     listed = [name for line in LAYERS for name in line.split()]
-    assert sorted(listed) == sorted(path.stem for path in SOURCES.glob("*.py"))
+    assert sorted(listed) == sorted(MODULES)
 
 
 def test_imports_point_down() -> None:
     level = {name: n for n, line in enumerate(LAYERS) for name in line.split()}
     upward = [
-        f"{path.stem} imports {other}"
-        for path in sorted(SOURCES.glob("*.py"))
+        f"{name} imports {other}"
+        for name, path in MODULES.items()
         for other in sorted(imports_of(path))
-        if level[other] <= level[path.stem]
+        if level[other] <= level[name]
     ]
     assert upward == []
 
@@ -85,4 +102,15 @@ def test_imports_point_down() -> None:
 def test_the_children_import_only_their_side() -> None:
     allowed = {*CHILD_SIDE.split(), "_linux"}
     for name in CHILD_SIDE.split():
-        assert imports_of(SOURCES / f"{name}.py") <= allowed, name
+        assert imports_of(MODULES[name]) <= allowed, name
+    for name in OBSERVED.split():
+        assert imports_of(MODULES[name]) <= {*allowed, *OBSERVED.split()}, name
+
+
+def test_nothing_that_runs_for_real_imports_what_is_for_tests() -> None:
+    """Faults in particular: only who imports ghostpool.testing can have them."""
+    for name, path in MODULES.items():
+        if not name.startswith("testing."):
+            tests = {other for other in imports_of(path) if other.startswith("testing")}
+            assert not tests, name
+            assert "ghostpool.testing" not in path.read_text(encoding="utf-8"), name

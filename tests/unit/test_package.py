@@ -43,13 +43,40 @@ def test_importing_the_package_imports_nothing_else() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["_errors", "_linux", "_model", "_protocol", "_worker", "_forkserver", "_startreader"],
+    [
+        *("_errors", "_linux", "_model", "_protocol", "_worker", "_forkserver", "_startreader"),
+        "testing._faultserver",
+    ],
 )
 def test_the_worker_side_needs_only_the_standard_library(module: str) -> None:
     """What a worker imports loads where there are no site-packages, and without an event loop."""
     loaded = run_isolated(f"import ghostpool.{module}; print(*sys.modules)").split()
     assert f"ghostpool.{module}" in loaded
     assert [name for name in HEAVY[:-1] if name in loaded] == []
+
+
+def test_the_pytest_plugin_imports_nothing_but_pytest() -> None:
+    """Every run of pytest loads it, of whatever project: before its coverage is measured, too."""
+    code = "import pytest, sys; b = set(sys.modules); import ghostpool.testing.pytest_plugin\n"
+    code += "print(*sorted(set(sys.modules) - b))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    names = ["ghostpool", "ghostpool.testing", "ghostpool.testing.pytest_plugin"]
+    assert done.stdout.split() == names
+
+
+def test_what_is_for_tests_needs_no_pytest() -> None:
+    """pytest is no dependency; and every name of `ghostpool.testing` is there."""
+    code = (
+        "import sys; sys.modules['pytest'] = None\n"
+        "import ghostpool.testing as t; print(*(getattr(t, name).__name__ for name in dir(t)\n"
+        "    if name in t.__all__ and isinstance(getattr(t, name), type)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert {"FakeKernel", "Faults", "Namespace", "Targets"} <= set(done.stdout.split())
 
 
 def test_the_coordinator_does_not_load_the_parser() -> None:

@@ -1,4 +1,4 @@
-"""Fakes for tests of code that uses ghostpool: no root, no kernel, no process.
+"""The fake kernel: no root, no kernel, no process.
 
 `FakeKernel` keeps mount flags in memory and obeys the contract of `MountKernel`, in the order
 of the real one: ask (hook "start"), change all mounts at once, answer (hook "end"). A call that
