@@ -410,12 +410,16 @@ def demo() -> None:
     with Demo(Console(highlight=False), compare_owner=privileged) as show:
         policy = Policy(own_owner=not privileged)
         request = _run.Request(
-            images_dir=show.images, jobs=JOBS, policy=policy, run_dir=show.run_dir
+            images_dir=show.images,
+            jobs=JOBS,
+            policy=policy,
+            run_dir=show.run_dir,
+            events=(show,),
         )
         launched = launch()
 
         async def story() -> None:
-            await _run.run_restore(request, launched, report, show.deliver, show.progress)
+            await _run.run_restore(request, launched, report, show.deliver)
 
         run_story(story, report, None)
         if report.error is None:

@@ -18,7 +18,7 @@ from ghostpool._capabilities import COMMAND
 from ghostpool._errors import CommandError
 from ghostpool._planned import PlannedTask
 from ghostpool._process import Child, CommandFailed
-from ghostpool._restore import Restored
+from ghostpool._restored import Restored
 from ghostpool._run import Delivery, Prepared
 
 TERM_S = 5.0

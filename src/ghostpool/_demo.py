@@ -22,9 +22,10 @@ from rich.progress import Progress
 
 from ghostpool import _linux
 from ghostpool._errors import VerificationError
+from ghostpool._events import Event, FileOpened, GhostCreated
 from ghostpool._mountinfo import option_names
 from ghostpool._paths import text
-from ghostpool._restore import Restored
+from ghostpool._restored import Restored
 from ghostpool._run import Prepared
 from ghostpool._show import table
 from ghostpool._survey import read_tables
@@ -87,13 +88,13 @@ class Demo:
         self._bar.stop()
         self._directory.cleanup()
 
-    def progress(self, phase: str, done: int) -> None:
+    def send_nowait(self, event: Event) -> None:
         """Advance the bar."""
         if not self._bar.tasks:
             self._bar.add_task("restoring", total=2 * len(self._expected) - 4)
             self._bar.start()
-        if phase in ("create", "open"):
-            self._bar.advance(self._bar.tasks[0].id, done)
+        if isinstance(event, (GhostCreated, FileOpened)):
+            self._bar.advance(self._bar.tasks[0].id)
 
     async def deliver(self, run: Prepared, restored: Restored) -> None:
         """Compare everything, and show the mounts."""

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 import anyio
 
 from ghostpool._errors import KernelError, RevertError, WorkerDied
+from ghostpool._events import NOBODY, Events, MountWritable, Reverted
 from ghostpool._guard import Guard, Owed
 from ghostpool._mend import describe_holders, kernel_error, mend_command
 from ghostpool._model import MountHandle
 from ghostpool._mountwork import GONE
+from ghostpool._paths import text
 from ghostpool._planned import PlannedMount
 from ghostpool._pool import WorkerPool
 from ghostpool._protocol import Failure
@@ -60,10 +62,15 @@ class PoolMounts:
     """
 
     def __init__(
-        self, pool: WorkerPool, mounts: Mapping[MountHandle, PlannedMount], guard: Guard
+        self,
+        pool: WorkerPool,
+        mounts: Mapping[MountHandle, PlannedMount],
+        guard: Guard,
+        events: Events = NOBODY,
     ) -> None:
         self._pool = pool
         self._guard = guard
+        self._events = events
         self._mounts = mounts
         self.identities: dict[MountHandle, int] = {}
         """Unique id (or mnt_id, before Linux 6.8) that each mount had when it was found."""
@@ -110,6 +117,7 @@ class PoolMounts:
                     if changed:
                         self._changed.add(handle)
                         self._found_writable.discard(handle)
+                        self._send(MountWritable, handle)
                     elif handle not in self._changed:
                         self._found_writable.add(handle)
                     self.writable_attributes[handle] = rest[0]
@@ -117,6 +125,18 @@ class PoolMounts:
         if untouched:
             await self._guard.settle(untouched)
         return [results[handle] for handle in mounts]
+
+    def _send(self, kind: type[MountWritable | Reverted], handle: MountHandle) -> None:
+        if not self._events:
+            return
+        planned = self._mounts[handle]
+        self._events.send(
+            kind(
+                target=planned.namespace.target.label,
+                mountpoint=text(planned.mount.mountpoint),
+                mount_id=planned.mount.mnt_id,
+            )
+        )
 
     def _read_only(self, mounts: Sequence[MountHandle]) -> list[MountHandle]:
         """Those that nobody else made writable."""
@@ -151,6 +171,9 @@ class PoolMounts:
                 else:
                     results[handle] = await self._revert_error(handle, *answer)
         put_back = [handle for handle in ours if results[handle] is None]
+        for handle in put_back:
+            if handle in self._changed:
+                self._send(Reverted, handle)
         # Writable once more, it is by somebody else's doing, or by a change of ours to come.
         self._changed.difference_update(put_back)
         await self._guard.settle([_key(handle) for handle in put_back])

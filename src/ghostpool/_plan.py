@@ -369,13 +369,7 @@ class Planner:
                         opens.append(self._plan_open(opening, looks))
                     except GhostpoolError as error:
                         self.refuse(text(opening.file.name), error)
-            leases = {
-                planned.link
-                for planned in opens
-                if planned.link == planned.opening.mount.handle
-                and planned.opening.mount.mount.read_only
-                and not self._plan.ghosts[planned.opening.ghost.id].final
-            }
+            leases = self._plan.leases_for(opens)
             self._plan.tasks.append(PlannedTask(task, tuple(opens), tuple(sorted(leases))))
 
     def _plan_open(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from ghostpool._errors import (
@@ -194,6 +194,16 @@ class Plan:
     def service_leases(self) -> list[MountHandle]:
         """Mounts leased from the first change to the last, since no clone of them can be made."""
         return [p.handle for p in self.mounts.values() if p.mount.read_only and not p.clone]
+
+    def leases_for(self, opens: Iterable[PlannedOpen]) -> set[MountHandle]:
+        """The mounts that must be writable for these opens, in their own namespaces' view."""
+        return {
+            planned.link
+            for planned in opens
+            if planned.link == planned.opening.mount.handle
+            and planned.opening.mount.mount.read_only
+            and not self.ghosts[planned.opening.ghost.id].final
+        }
 
     def check(self) -> None:
         """Raise the first refusal, if there is one."""

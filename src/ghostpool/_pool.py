@@ -17,6 +17,7 @@ import anyio
 
 from ghostpool import _linux
 from ghostpool._errors import WorkerDied, WorkerHung
+from ghostpool._events import NOBODY, Entered
 from ghostpool._memory import MemoryBound
 from ghostpool._model import MountHandle
 from ghostpool._process import Child, ForkServer
@@ -68,6 +69,8 @@ class WorkerPool:
         self._slots: list[WorkerClient | None] = [None] * jobs
         self._locks = [anyio.Lock() for _ in range(jobs)]
         self._undead: list[tuple[int, Child]] = []
+        self.events = NOBODY
+        self._entered: set[tuple[int, int]] = set()
         self.started = 0
         """Workers forked so far."""
         self.peak_rss = 0
@@ -215,7 +218,7 @@ class WorkerPool:
                 await stack.enter_async_context(self._memory.turn())
             worker = await self._worker(slot, unwatched)
             try:
-                return await worker.call(
+                answer = await worker.call(
                     request,
                     *arguments,
                     namespace=target,
@@ -228,6 +231,14 @@ class WorkerPool:
             except WorkerHung as error:
                 where = self._where(target, handles)
                 raise WorkerHung(f"{error}, working on {where}") from error
+            if self.events and target >= 0:
+                self._note_entry(worker.child.pid, target)
+            return answer
+
+    def _note_entry(self, worker: int, target: int) -> None:
+        if (worker, target) not in self._entered:
+            self._entered.add((worker, target))
+            self.events.send(Entered(worker=worker, target=self._target_labels[target]))
 
     def _where(self, target: int, handles: Sequence[MountHandle]) -> str:
         labels = {self.labels[handle]: None for handle in handles if handle in self.labels}

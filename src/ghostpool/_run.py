@@ -10,15 +10,21 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import anyio
 
 from ghostpool import _buildspec, _linux, _needs
-from ghostpool._errors import PlanError, SandboxError
+from ghostpool._errors import PlanError, SandboxError, reportable
+from ghostpool._events import Events, EventSink, Failed, Planned
 from ghostpool._guard import Guard
 from ghostpool._launch import Launched
 from ghostpool._leftovers import undo_leftovers
@@ -32,7 +38,8 @@ from ghostpool._pool import WorkerPool
 from ghostpool._process import BuildFailed, ForkServer
 from ghostpool._reading import read_apart
 from ghostpool._report import Report
-from ghostpool._restore import Progress, Restoration, Restored, silent
+from ghostpool._restore import Restoration
+from ghostpool._restored import Restored
 from ghostpool._rlimit import all_descriptors
 from ghostpool._rundir import open_run_directory
 from ghostpool._sandbox import specs_from_images
@@ -69,6 +76,8 @@ class Request:
     """Who takes the files over; None: the caller of the library itself."""
     stall_s: float = STALL_S
     """Seconds without a sign of life after which a process that is waited for hangs."""
+    events: Sequence[EventSink] = ()
+    """Who follows what happens."""
     memory_limit: int | None = None
     """Bytes that the run may take before further work waits; None: as many as it needs."""
 
@@ -91,10 +100,11 @@ class Prepared:
     report: Report
     soft_limit: int
     """RLIMIT_NOFILE as it was; commands get it back."""
+    events: Events
 
     @asynccontextmanager
-    async def restored(self, progress: Progress = silent) -> AsyncIterator[Restored]:
-        """Carry the plan out and hold the descriptors for the time of the block."""
+    async def restoring(self, *, alone: bool = False) -> AsyncIterator[Session]:
+        """The ghosts are there: bring the tasks up inside the block. See `Restoration.running`."""
         async with AsyncExitStack() as stack:
             directory = open_run_directory(self.request.run_dir)
             stack.callback(os.close, directory)
@@ -116,27 +126,50 @@ class Prepared:
                 keep=self.request.policy.keep,
                 hold=self.request.holds,
                 own_owner=self.request.policy.own_owner,
-                progress=progress,
+                events=self.events,
             )
             try:
-                async with restoration.running() as restored:
-                    # All is done: an interruption that comes only now can not undo it.
-                    with anyio.CancelScope(shield=True):
-                        await stack.aclose()
-                        await self.release_workers()
-                    self.report.restored = True
-                    self.report.kept = self.request.policy.keep
-                    log.info("restored: %d open files", len(restored.fds))
-                    yield restored
+                async with restoration.running(alone=alone):
+                    yield Session(self, restoration, stack)
             finally:
                 self.report.usage = restoration.restored.usage
                 self.report.left += restoration.restored.left
+
+    @asynccontextmanager
+    async def restored(self) -> AsyncIterator[Restored]:
+        """Carry the plan out and hold the descriptors for the time of the block."""
+        async with self.restoring(alone=True) as session:
+            await session.restoration.bring_up_all()
+            await session.finish()
+            yield session.restoration.restored
 
     async def release_workers(self) -> None:
         """End the workers and their clones: nothing of the restore itself goes on."""
         await self.pool.stop()
         _linux.close_all(self.pool.mounts.values())
         self.pool.mounts.clear()
+
+
+class Session:
+    """A restore whose ghosts are there and whose tasks are to be brought up."""
+
+    def __init__(self, run: Prepared, restoration: Restoration, stack: AsyncExitStack) -> None:
+        self.run = run
+        self.restoration = restoration
+        self._stack = stack
+
+    async def finish(self) -> None:
+        """See `Restoration.finish`; guardian, journal and workers are gone too then."""
+        await self.restoration.finish()
+        # All is done: an interruption that comes only now can not undo it.
+        with anyio.CancelScope(shield=True):
+            await self._stack.aclose()
+            await self.run.release_workers()
+        report, restored = self.run.report, self.restoration.restored
+        report.restored = True
+        report.kept = self.run.request.policy.keep
+        report.usage = restored.usage
+        log.info("restored: %d open files", len(restored.fds))
 
 
 @asynccontextmanager
@@ -160,8 +193,10 @@ async def prepared(
     def conclude() -> None:
         report.elapsed_s = time.monotonic() - begun
 
+    events = Events(request.events)
     async with AsyncExitStack() as stack:
         stack.callback(conclude)
+        stack.enter_context(_followed(events))
         soft_limit, hard = stack.enter_context(all_descriptors())
         server = await stack.enter_async_context(ForkServer.running(launched, request.stall_s))
         reading = request.reading or start_reading(request.images_dir, request.max_size)
@@ -185,18 +220,20 @@ async def prepared(
             )
         )
         pool.images = reading.directory
+        pool.events = events
         try:
             survey = Survey(pool, images, request.policy, admit)
             plan = await survey.plan(by_id, secrets.token_hex(6).encode())
             report.plan = plan
             report.identities = survey.identities
             _log_plan(plan)
+            events.send(_planned(plan))
             check(plan)
             if memory is not None:
                 await memory.check()
             report.ready = not plan.refusals
             yield Prepared(
-                request, server, pool, by_id, plan, survey.identities, report, soft_limit
+                request, server, pool, by_id, plan, survey.identities, report, soft_limit, events
             )
         finally:
             with anyio.CancelScope(shield=True):
@@ -205,6 +242,30 @@ async def prepared(
             report.peak_rss = max(report.peak_rss, pool.peak_rss)
             if memory is not None:
                 report.memory = (memory.limit, memory.peak)
+
+
+@contextmanager
+def _followed(events: Events) -> Iterator[None]:
+    """Tell of the failure of what is in the block, and that nothing will come any more."""
+    try:
+        yield
+    except BaseException as error:
+        for leaf in reportable(error) or (error,):
+            events.send(Failed(error=type(leaf).__name__, message=str(leaf)))
+        raise
+    finally:
+        events.close()
+
+
+def _planned(plan: Plan) -> Planned:
+    return Planned(
+        ghosts=len(plan.ghosts),
+        files=len(plan.opens),
+        tasks=len(plan.tasks),
+        mounts=len(plan.mounts),
+        to_make_writable=len(plan.leased),
+        refusals=len(plan.refusals),
+    )
 
 
 def _memory_bound(request: Request, server: ForkServer) -> MemoryBound | None:
@@ -262,24 +323,31 @@ async def run_plan(request: Request, launched: Launched, report: Report) -> None
 Delivery = Callable[[Prepared, Restored], Awaitable[None]]
 
 
+def prepared_to_restore(
+    request: Request, launched: Launched, report: Report
+) -> AbstractAsyncContextManager[Prepared]:
+    """As `prepared`; but what runs that died still owe is undone first."""
+
+    async def tidy(server: ForkServer) -> None:
+        await undo_leftovers(server, request.run_dir)
+
+    return prepared(request, launched, report, before=tidy)
+
+
 async def run_restore(
     request: Request,
     launched: Launched,
     report: Report,
     deliver: Delivery,
-    progress: Progress = silent,
 ) -> None:
     """Restore, and hand the descriptors to `deliver` after the mounts are back.
 
     What runs that died still owe is undone first.
     """
 
-    async def tidy(server: ForkServer) -> None:
-        await undo_leftovers(server, request.run_dir)
-
     async with (
-        prepared(request, launched, report, before=tidy) as run,
-        run.restored(progress) as restored,
+        prepared_to_restore(request, launched, report) as run,
+        run.restored() as restored,
     ):
         await deliver(run, restored)
 

@@ -30,7 +30,7 @@ import anyio
 from ghostpool._listener import Listener
 from ghostpool._planned import PlannedTask
 from ghostpool._protocol import MAX_FDS, rights
-from ghostpool._restore import Restored
+from ghostpool._restored import Restored
 from ghostpool._run import Delivery, Prepared
 
 log = logging.getLogger("ghostpool")

@@ -32,7 +32,7 @@ from ghostpool._errors import RevertError, leaves
 from ghostpool._launch import launch
 from ghostpool._linux import Attr
 from ghostpool._report import Report
-from ghostpool._restore import Restored
+from ghostpool._restored import Restored
 from ghostpool._run import Prepared
 from ghostpool.testing._forked import in_child
 from tests.attackers.attacks import ATTACKS, EXTRA, MOVED, OWNER, REACHED, Attack, Place

@@ -50,7 +50,7 @@ def test_which_mount_holds_a_path(target: Live) -> None:
 
 
 def test_the_top_of_a_stack_comes_last(target: Live) -> None:
-    target.inside(lambda: _linux.mount(b"over", b"/data", b"tmpfs", 0))
+    target.run(lambda: _linux.mount(b"over", b"/data", b"tmpfs", 0))
     bottom, top = MountTable.of_process(target.pid).stack(b"/data")
     assert isinstance(top, LiveMount)
     assert (bottom.source, top.source) == ("t2", "over")
@@ -60,7 +60,7 @@ def test_the_top_of_a_stack_comes_last(target: Live) -> None:
 
 def test_it_stays_as_it_was_read(target: Live) -> None:
     table = MountTable.of_process(target.pid)
-    target.inside(lambda: _linux.umount2(b"/with space", 0))
+    target.run(lambda: _linux.umount2(b"/with space", 0))
     assert len(table.stack(b"/with space")) == 1
     assert MountTable.of_process(target.pid).stack(b"/with space") == []
 

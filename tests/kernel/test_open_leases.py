@@ -34,9 +34,9 @@ from ghostpool import (
 )
 from ghostpool._linux import Attr
 from ghostpool._workerclient import WorkerClient
+from ghostpool.testing._namespace import enter
 from tests.support.crash import children, journals, wait_for
 from tests.support.live import Live, live, process, read_lines, read_only, run, tmpfs
-from tests.support.namespaces import enter
 
 pytestmark = [pytest.mark.needs_mount_ns, pytest.mark.anyio]
 FLAGS = int(Attr.RDONLY | Attr.NOSUID | Attr.NODEV | Attr.NOATIME)
@@ -84,8 +84,8 @@ async def test_writable_while_it_is_held(target: Live, mount_setattr: bool) -> N
         async with leases.hold(["/data"]):
             assert writable(target) == {*AS_FOUND, b"/data"}
             assert target.options()[b"/data"] == ["rw", *options[1:]]
-            target.inside(lambda: os.mkdir("/data/made"))
-            target.inside(lambda: os.rmdir("/data/made"))
+            target.run(lambda: os.mkdir("/data/made"))
+            target.run(lambda: os.rmdir("/data/made"))
         assert writable(target) == AS_FOUND
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == limit
 
@@ -212,7 +212,7 @@ async def test_what_no_leases_were_asked_for(target: Live) -> None:
 async def test_a_mount_that_is_gone_when_it_is_held() -> None:
     with live(MOUNTS) as (target,):
         async with open_leases(target.pid, ["/data"]) as leases:
-            target.inside(lambda: _linux.umount2(b"/data", _linux.MNT_DETACH))
+            target.run(lambda: _linux.umount2(b"/data", _linux.MNT_DETACH))
             with pytest.raises(ghostpool.KernelError, match="taken off since") as caught:
                 async with leases.hold(["/data"]):
                     raise AssertionError("it can not be held")

@@ -25,7 +25,8 @@ from ghostpool._linux import Attr
 from ghostpool._model import NsId
 from ghostpool._planned import Policy
 from ghostpool._report import Report
-from ghostpool._restore import Restoration, Restored
+from ghostpool._restore import Restoration
+from ghostpool._restored import Restored
 from ghostpool.testing._targets import built
 from tests.support.imagewriter import ImageSet
 from tests.support.namespaces import inside

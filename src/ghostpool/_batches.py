@@ -1,0 +1,46 @@
+"""What creating and opening share: work cut into batches, and the error of a batch that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from ghostpool._errors import RestoreError, VerificationError
+from ghostpool._mend import kernel_error
+from ghostpool._paths import text
+from ghostpool._planned import Plan
+from ghostpool._protocol import Failure
+
+_T = TypeVar("_T")
+
+
+def failed(failure: Failure, plan: Plan, subject: str) -> RestoreError:
+    """What a worker could not do for `subject`, or what it found to be different, as an error."""
+    if failure.at < 0:
+        return kernel_error(failure, plan.mounts)
+    if failure.errno:
+        return kernel_error(failure, plan.mounts, f"while restoring {subject}")
+    return VerificationError(
+        f"{subject}: restored file differs in its {failure.step} "
+        f"({text(failure.path)} on its mount)"
+    )
+
+
+def batches(
+    items: Sequence[_T],
+    most: int,
+    weigh: Callable[[_T], int] = lambda item: 0,
+    limit: int = 1,
+) -> Iterator[list[_T]]:
+    """Split into runs of at most `most` items that weigh `limit` together, or of one item."""
+    batch: list[_T] = []
+    weight = 0
+    for item in items:
+        own = weigh(item)
+        if batch and (len(batch) >= most or weight + own > limit):
+            yield batch
+            batch, weight = [], 0
+        batch.append(item)
+        weight += own
+    if batch:
+        yield batch

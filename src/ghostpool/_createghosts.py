@@ -1,0 +1,142 @@
+"""Creating ghosts: by the service side of their mounts, under temporary names, in batches.
+
+All work in one directory is one worker slot's (docs/design.md, D-008), and every name is in the
+ledger before it is made (D-003).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+
+import anyio
+
+from ghostpool._batches import batches, failed
+from ghostpool._events import Events, GhostCreated
+from ghostpool._ledger import Ledger
+from ghostpool._paths import text
+from ghostpool._planned import Plan, PlannedGhost
+from ghostpool._pool import WorkerPool
+from ghostpool._protocol import Created, CreateOp, Placed, PlaceOp
+from ghostpool._workerclient import WorkerFailure
+
+log = logging.getLogger("ghostpool")
+_BATCH = 256
+_BYTES = 8 << 20
+
+
+class Creator:
+    """Creates the ghosts of one plan."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        pool: WorkerPool,
+        ledger: Ledger,
+        slots: Mapping[tuple[int, int], int],
+        events: Events,
+        *,
+        own_owner: bool,
+    ) -> None:
+        self._plan = plan
+        self._pool = pool
+        self._ledger = ledger
+        self._slots = slots
+        self._events = events
+        self._own_owner = own_owner
+
+    async def create(self) -> None:
+        """Make every ghost of the plan, and move the directories to their old names."""
+        by_slot: dict[int, list[PlannedGhost]] = {}
+        for planned in self._plan.ghosts.values():
+            by_slot.setdefault(self._slots[planned.group], []).append(planned)
+        async with anyio.create_task_group() as group:
+            for slot, ghosts in by_slot.items():
+                group.start_soon(self._create_in_slot, slot, ghosts)
+
+    async def _create_in_slot(self, slot: int, ghosts: list[PlannedGhost]) -> None:
+        # What the plan saw may have been replaced since: look directories up anew.
+        await self._pool.call(slot, "forget_directories")
+        ghosts.sort(key=lambda planned: planned.mount.namespace.target.index)
+        for batch in batches(ghosts, _BATCH, _content, _BYTES):
+            await self._create_batch(slot, batch)
+        # An outer directory has its name before an inner one is moved into it.
+        directories = sorted((g for g in ghosts if g.final), key=lambda g: g.depth)
+        for planned in directories:
+            await self._place(slot, planned)
+
+    async def _create_batch(self, slot: int, ghosts: Sequence[PlannedGhost]) -> None:
+        await self._ledger.creating(ghosts, slot)
+        request = [tuple(self._create_op(planned)) for planned in ghosts]
+        try:
+            answers, _ = await self._pool.call(
+                slot,
+                "create",
+                request,
+                target=ghosts[0].mount.namespace.target.index,
+                mounts={planned.mount.service for planned in ghosts},
+                fds=[self._pool.images],
+            )
+        except WorkerFailure as error:
+            for planned, fields in zip(ghosts, error.failure.done, strict=False):
+                self._ledger.created(planned, Created(*fields))
+            file = ghosts[max(0, error.failure.at)].ghost.file
+            raise failed(error.failure, self._plan, file) from error
+        for planned, fields in zip(ghosts, answers, strict=True):
+            self._ledger.created(planned, Created(*fields))
+        log.debug("created %d ghosts", len(ghosts))
+        if self._events:
+            for planned in ghosts:
+                self._events.send(
+                    GhostCreated(
+                        ghost=planned.ghost.id,
+                        mountpoint=text(planned.mount.mount.mountpoint),
+                        size=planned.ghost.size,
+                    )
+                )
+
+    def _create_op(self, planned: PlannedGhost) -> CreateOp:
+        ghost = planned.ghost
+        return CreateOp(
+            mount=planned.mount.service,
+            directory=planned.directory,
+            name=planned.name,
+            mode=ghost.mode,
+            uid=os.geteuid() if self._own_owner else ghost.uid,
+            gid=os.getegid() if self._own_owner else ghost.gid,
+            times=planned.times_ns,
+            rdev=ghost.rdev or 0,
+            target=ghost.target or b"",
+            image=os.fsencode(ghost.file),
+            size=ghost.size,
+            extents=tuple((e.offset, e.length, e.position) for e in ghost.extents),
+        )
+
+    async def _place(self, slot: int, planned: PlannedGhost) -> None:
+        await self._ledger.placing(planned)
+        created = self._ledger.result(planned.ghost.id)
+        operation = PlaceOp(
+            planned.mount.service,
+            planned.directory,
+            planned.name,
+            planned.parents,
+            planned.final,
+            created.device,
+            created.inode,
+        )
+        try:
+            (fields,), _ = await self._pool.call(
+                slot,
+                "place",
+                [tuple(operation)],
+                target=planned.mount.namespace.target.index,
+                mounts=[planned.mount.service],
+            )
+        except WorkerFailure as error:
+            raise failed(error.failure, self._plan, planned.ghost.file) from error
+        self._ledger.placed(planned, Placed(*fields))
+
+
+def _content(planned: PlannedGhost) -> int:
+    return sum(extent.length for extent in planned.ghost.extents)

@@ -1,0 +1,179 @@
+"""Opening ghosts under their old names, for one task after the other or for many at once.
+
+Tasks may share an open file description; it is opened once, by the first task that asks for it,
+and the others wait for that.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+
+import anyio
+
+from ghostpool._batches import batches, failed
+from ghostpool._errors import BarrierBroken
+from ghostpool._events import Events, FileOpened
+from ghostpool._ledger import Ledger
+from ghostpool._mend import left_behind
+from ghostpool._model import MountHandle, RegId
+from ghostpool._paths import join, relative_to, text
+from ghostpool._planned import Plan, PlannedOpen
+from ghostpool._pool import WorkerPool
+from ghostpool._protocol import Opened, OpenOp
+from ghostpool._restored import Restored
+from ghostpool._workerclient import WorkerFailure
+
+_BATCH = 128
+
+
+class _Opening:
+    """Opens that somebody has begun."""
+
+    def __init__(self) -> None:
+        self.done = anyio.Event()
+        self.error: BaseException | None = None
+
+
+class Opener:
+    """Opens the files of one plan."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        pool: WorkerPool,
+        ledger: Ledger,
+        slots: Mapping[tuple[int, int], int],
+        restored: Restored,
+        events: Events,
+        *,
+        keep: bool,
+        hold: bool,
+    ) -> None:
+        self._plan = plan
+        self._pool = pool
+        self._ledger = ledger
+        self._slots = slots
+        self._restored = restored
+        self._events = events
+        self._keep = keep
+        self._hold = hold
+        self._begun: dict[RegId, _Opening] = {}
+
+    def not_begun(self, opens: Iterable[PlannedOpen]) -> list[PlannedOpen]:
+        """Those of `opens` that nobody has asked for yet."""
+        return [planned for planned in opens if planned.opening.file.id not in self._begun]
+
+    async def open(self, task: int, opens: Sequence[PlannedOpen]) -> None:
+        """Have all of `opens` open, for the task with this pid.
+
+        Mounts that they need must be leased. BarrierBroken if another task that has begun to open
+        one of them failed.
+        """
+        mine = self.not_begun(opens)
+        others = dict.fromkeys(
+            self._begun[p.opening.file.id] for p in opens if p.opening.file.id in self._begun
+        )
+        if mine:
+            await self._open_mine(task, mine)
+        for opening in others:
+            await opening.done.wait()
+            if opening.error is not None:
+                raise BarrierBroken(
+                    f"another task could not open a file that task {task} shares: {opening.error!r}"
+                ) from opening.error
+
+    async def _open_mine(self, task: int, opens: Sequence[PlannedOpen]) -> None:
+        opening = _Opening()
+        self._begun.update((planned.opening.file.id, opening) for planned in opens)
+        by_slot: dict[int, list[PlannedOpen]] = {}
+        for planned in opens:
+            by_slot.setdefault(self._slots[planned.group], []).append(planned)
+        try:
+            async with anyio.create_task_group() as group:
+                for slot, some in by_slot.items():
+                    group.start_soon(self._open_in_slot, task, slot, some)
+        except BaseException as error:
+            opening.error = error
+            raise
+        finally:
+            opening.done.set()
+
+    async def _open_in_slot(self, task: int, slot: int, opens: list[PlannedOpen]) -> None:
+        opens.sort(key=lambda planned: planned.opening.mount.namespace.target.index)
+        for batch in batches(opens, _BATCH):
+            await self._open_batch(task, slot, batch)
+
+    async def _open_batch(self, task: int, slot: int, opens: Sequence[PlannedOpen]) -> None:
+        await self._ledger.linking(opens, slot)
+        operations = [self._open_op(planned) for planned in opens]
+        handles = {MountHandle(op.link) for op in operations}
+        handles |= {MountHandle(op.live) for op in operations}
+        try:
+            answers, fds = await self._pool.call(
+                slot,
+                # Whoever wants them when they are kept has the names.
+                "open" if self._hold else "open_kept",
+                [tuple(operation) for operation in operations],
+                target=opens[0].opening.mount.namespace.target.index,
+                mounts=handles,
+            )
+        except WorkerFailure as error:
+            name = text(opens[max(0, error.failure.at)].opening.file.name)
+            raise failed(error.failure, self._plan, name) from error
+        if self._hold:
+            ids = (planned.opening.file.id for planned in opens)
+            self._restored.fds.update(zip(ids, fds, strict=True))
+        for planned, fields in zip(opens, answers, strict=True):
+            opened = Opened(*fields)
+            left = (left_behind(planned.opening.mount, path) for path in opened.left)
+            self._restored.left.extend(left)
+        if not self._keep:
+            await self._ledger.unlinked(opens)
+        if self._events:
+            for planned in opens:
+                self._events.send(
+                    FileOpened(
+                        task=task,
+                        file=planned.opening.file.id,
+                        path=text(planned.opening.file.name),
+                    )
+                )
+
+    def _open_op(self, planned: PlannedOpen) -> OpenOp:
+        opening = planned.opening
+        placed = self._plan.ghosts[opening.ghost.id]
+        created = self._ledger.result(opening.ghost.id)
+        operation = OpenOp(
+            link=planned.link,
+            temp_directory=b"",
+            temp_name=b"",
+            link_directory=b"",
+            live=opening.mount.handle,
+            live_directory=opening.site.directory,
+            names=planned.names,
+            flags=opening.flags,
+            position=-1 if opening.file.position is None else opening.file.position,
+            device=created.device,
+            inode=created.inode,
+            mode=opening.ghost.mode,
+            size=self._size_to_check(opening.file.size, opening.ghost.mode),
+            keep=self._keep,
+        )
+        if placed.final:
+            # Directories have their name already, and it is found inside the file system.
+            place = join(placed.mount.root, placed.final_directory)
+            return operation._replace(
+                live_directory=relative_to(place, opening.mount.root),
+                names=(self._ledger.final_name(opening.ghost.id),),
+            )
+        return operation._replace(
+            temp_directory=relative_to(placed.place, planned.link_root),
+            temp_name=placed.name,
+            link_directory=relative_to(opening.site.path, planned.link_root),
+        )
+
+    @staticmethod
+    def _size_to_check(size: int | None, mode: int) -> int:
+        # A directory's size is the file system's own affair.
+        return -1 if size is None or not stat.S_ISREG(mode) else size

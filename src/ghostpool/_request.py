@@ -1,0 +1,75 @@
+"""What the library is told of which images go where, and the request that this makes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TypedDict
+
+from ghostpool._events import EventSink
+from ghostpool._limits import Limits
+from ghostpool._model import NsId
+from ghostpool._planned import Policy
+from ghostpool._run import Request
+from ghostpool._stall import STALL_S
+from ghostpool._userns import maps_owner
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `restore`, `open_pool`, `run_restore` and `make_plan`; none is needed.
+
+    Those of the command have the same names.
+    """
+
+    tree: int | None
+    """Pid of a process in the mount namespace that stands for that of the images' root task."""
+    namespaces: Mapping[int, int | str] | None
+    """Any mount namespace id of the images (the N of mountpoints-N.img) to the pid of a process in
+    its target, or to the path of a namespace file. With neither of the two, the namespaces are
+    rebuilt from the images, privately (Linux 5.15)."""
+    external: Mapping[str, str] | None
+    """What is mounted for what can not be rebuilt: external key, or mount point, to path."""
+    jobs: int | None
+    """Most workers alive at once; None: as many as this process may use CPUs."""
+    allow_devices: bool
+    """Restore character and block devices."""
+    allow_setuid: bool
+    """Restore setuid and setgid files."""
+    max_size: int
+    """Largest apparent size of a ghost, in bytes; 1 TiB if it is not given."""
+    memory_limit: int | None
+    """Bytes that this process and its children may take before further work waits."""
+    stall_s: float
+    """Seconds without a sign of life after which a worker hangs and is killed; 15 if not given."""
+    run_dir: str | None
+    """Directory of the journals; None: GHOSTPOOL_RUN_DIR, else /run/ghostpool, or one of the
+    user's own."""
+    events: EventSink | None
+    """Who is told what happens; see `EventSink`."""
+
+
+def request_of(images: str | os.PathLike[str], options: Options, *, keep: bool = False) -> Request:
+    """The request that the arguments of a function of the library make."""
+    events = options.get("events")
+    where = options.get("namespaces") or {}
+    return Request(
+        images_dir=os.fspath(images),
+        jobs=options.get("jobs") or len(os.sched_getaffinity(0)),
+        tree=options.get("tree"),
+        namespaces={NsId(number): str(target) for number, target in where.items()},
+        external=dict(options.get("external") or {}),
+        policy=Policy(
+            allow_devices=options.get("allow_devices", False),
+            allow_setuid=options.get("allow_setuid", False),
+            keep=keep,
+            mapped=maps_owner(),
+        ),
+        max_size=options.get("max_size", Limits().size),
+        memory_limit=options.get("memory_limit"),
+        stall_s=options.get("stall_s", STALL_S),
+        run_dir=options.get("run_dir"),
+        events=() if events is None else (events,),
+    )
+
+
+__all__ = ["Options", "request_of"]

@@ -1,0 +1,110 @@
+"""The descriptors that a restore gives, until somebody takes them or they are closed.
+
+One descriptor here is one open file description of the images. Tasks may share it, and one task
+may have it at several numbers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from ghostpool import _linux
+from ghostpool._errors import VerificationError
+from ghostpool._lease import MountUsage
+from ghostpool._model import MountHandle, Pid, RegId
+from ghostpool._paths import text
+from ghostpool._planned import Plan, PlannedTask
+
+_ABOVE = 3
+"""Numbers below it are never given to a descriptor that somebody takes."""
+
+
+class Restored:
+    """One descriptor for each reg file, until `close`."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.fds: dict[RegId, int] = {}
+        self.usage: dict[MountHandle, MountUsage] = {}
+        self.writable_attributes: Mapping[MountHandle, int] = {}
+        """Attributes of each leased mount while it was writable, as the kernel gave them."""
+        self.left: list[str] = []
+        """What could not be removed because somebody else uses it now, for people."""
+        self.complete = False
+        """Everything is open, put back and verified."""
+        self._taken: set[Pid] = set()
+        self._wanted: Counter[RegId] | None = None
+        """How many numbers of tasks that nobody has taken lead to each reg file."""
+
+    def of_task(self, planned: PlannedTask) -> dict[int, int]:
+        """Number in the task to descriptor here; numbers that share one were dup'ed."""
+        return {
+            descriptor.number: self.fds[descriptor.reg_id]
+            for descriptor in planned.task.descriptors
+            if descriptor.reg_id in self.fds
+        }
+
+    def take(self, planned: PlannedTask) -> dict[int, int]:
+        """As `of_task`, but each number has a descriptor of its own, which is the caller's.
+
+        RuntimeError if it is done twice. OSError (EMFILE): nothing was taken.
+        """
+        pid = planned.task.pid
+        if pid in self._taken:
+            raise RuntimeError(f"the descriptors of task {pid} have been taken already")
+        numbers = [(number, reg) for number, reg in _numbers(planned) if reg in self.fds]
+        wanted = self._wanted_by_tasks()
+        mine = Counter(reg for _, reg in numbers)
+        # Nobody else wants these. But until all is verified they are needed here.
+        to_give = {reg for reg, count in mine.items() if self.complete and wanted[reg] == count}
+        own: dict[int, int] = {}
+        given: set[RegId] = set()
+        try:
+            for number, reg in numbers:
+                if reg in to_give and reg not in given:
+                    given.add(reg)
+                    own[number] = self.fds[reg]
+                else:
+                    own[number] = fcntl.fcntl(self.fds[reg], fcntl.F_DUPFD_CLOEXEC, _ABOVE)
+        except BaseException:
+            _linux.close_all(set(own.values()) - {self.fds[reg] for reg in given})
+            raise
+        wanted.subtract(mine)
+        for reg in given:
+            del self.fds[reg]
+        self._taken.add(pid)
+        return own
+
+    def _wanted_by_tasks(self) -> Counter[RegId]:
+        if self._wanted is None:
+            self._wanted = Counter(reg for task in self.plan.tasks for _, reg in _numbers(task))
+        return self._wanted
+
+    def verify(self) -> None:
+        """VerificationError if a ghost has a name that we did not give it."""
+        for planned in self.plan.opens:
+            fd = self.fds[planned.opening.file.id]
+            status = os.fstat(fd)
+            if stat.S_ISDIR(status.st_mode):
+                # Not every file system counts a directory's links down to zero.
+                gone = os.readlink(f"/proc/self/fd/{fd}").endswith(" (deleted)")
+            else:
+                gone = status.st_nlink == 0
+            if not gone:
+                raise VerificationError(
+                    f"{text(planned.opening.file.name)}: still has {status.st_nlink} names "
+                    "after the restore: another process has linked it"
+                )
+
+    def close(self) -> None:
+        """Close every descriptor, which frees the ghosts that nobody else holds."""
+        _linux.close_all(self.fds.values())
+        self.fds.clear()
+
+
+def _numbers(planned: PlannedTask) -> Iterator[tuple[int, RegId]]:
+    return ((one.number, one.reg_id) for one in planned.task.descriptors)
