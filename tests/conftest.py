@@ -113,6 +113,13 @@ def _lacks_loop() -> str | None:
 
 
 @cache
+def _lacks_systemd() -> str | None:
+    if shutil.which("systemd-socket-activate") is None:
+        return "the commands of systemd"
+    return _complaint([sys.executable, "-c", "import ctypes; ctypes.CDLL('libsystemd.so.0')"])
+
+
+@cache
 def _lacks_userns() -> str | None:
     problem = _run_probe(_PROBE_USERNS)
     return problem and f"user namespaces for ordinary users ({problem})"
@@ -125,6 +132,7 @@ _CAPABILITIES: dict[str, tuple[Callable[[], str | None], str]] = {
     ),
     "needs_strace": (_lacks_strace, "strace, allowed to trace its own children"),
     "needs_loop": (_lacks_loop, "loop devices and mkfs.ext4"),
+    "needs_systemd": (_lacks_systemd, "systemd's commands and libsystemd; it need not run"),
     "needs_userns": (_lacks_userns, "user namespaces for ordinary users"),
 }
 

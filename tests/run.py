@@ -33,7 +33,13 @@ STATIC = ["lint", "typing", "docs", "wheel"]
 BESIDE = "long"
 
 # Command that a test needs -> the Debian package it is in.
-TOOLS = {"strace": "strace", "mkfs.ext4": "e2fsprogs", "mount": "mount", "unshare": "util-linux"}
+TOOLS = {
+    "strace": "strace",
+    "mkfs.ext4": "e2fsprogs",
+    "mount": "mount",
+    "unshare": "util-linux",
+    "systemd-socket-activate": "systemd",
+}
 
 NAME = re.compile(r"python3(\.\d+)?")
 

@@ -15,7 +15,14 @@ from typing import Any, NoReturn
 import click
 
 from ghostpool._errors import GhostpoolError, PlanError, RestoreError, RevertError, leaves
-from ghostpool._options import CAPABILITY, SIZE, begin_reading, make_request, target_options
+from ghostpool._options import (
+    CAPABILITY,
+    SIZE,
+    begin_reading,
+    listen_fds_option,
+    make_request,
+    target_options,
+)
 from ghostpool._signals import note_only, raise_again
 
 EXIT_FAILED = 1
@@ -166,6 +173,7 @@ def cli() -> None:
     multiple=True,
     help="Capability that CMD keeps besides the usual ones of a container.",
 )
+@listen_fds_option
 @click.option("--report", "report_path", metavar="FILE", help="Write a JSON report; - is stdout.")
 @click.option("--json", "as_json", is_flag=True, help="Short for --report -.")
 @click.option(
@@ -207,11 +215,19 @@ def restore(**options: Any) -> None:
         raise click.UsageError(f"{' and '.join(chosen)} exclude each other")
     if options["cap_add"] and not cmd:
         raise click.UsageError("--cap-add is for a command")
+    if options["listen_fds"] and not cmd:
+        raise click.UsageError("--listen-fds is for a command")
     if report_path == "-" and cmd:
         raise click.UsageError("stdout belongs to the command: write the report to a file")
     if options["as_json"] and options["report_path"] not in (None, "-"):
         raise click.UsageError("--json and --report FILE exclude each other")
 
+    # Out of the way before anything is started that could inherit them.
+    passed = passed_descriptors()
+    if passed and options["serve"] is not None:
+        raise click.UsageError(
+            "--serve and a socket that is passed by LISTEN_FDS exclude each other"
+        )
     # The fork server boots while this process imports its event loop.
     launched = launch()
     reading = begin_reading(options)
@@ -228,13 +244,14 @@ def restore(**options: Any) -> None:
             request = make_request(options, reading, keep=options["keep"])
             if cmd:
                 request = replace(request, consumers="commands")
-                deliver = _deliver.commands(cmd, reduce(or_, options["cap_add"], 0))
+                capabilities = reduce(or_, options["cap_add"], 0)
+                deliver = _deliver.commands(cmd, capabilities, listen_fds=options["listen_fds"])
             elif options["keep"] or options["discard"]:
                 request = replace(request, consumers="nobody")
                 deliver = _deliver.discard
             else:
                 request = replace(request, consumers="sockets")
-                deliver = serving(options["serve"], stack, err=report_path == "-")
+                deliver = serving(options["serve"], passed, stack, err=report_path == "-")
         except PlanError as error:
             report.status, report.error = EXIT_REFUSED, error
             finish(report, report_path)
@@ -246,12 +263,22 @@ def restore(**options: Any) -> None:
     finish(report, report_path)
 
 
-def serving(path: str | None, stack: ExitStack, err: bool) -> Any:
-    """The delivery that serves; its socket is bound now and goes with `stack`."""
+def passed_descriptors() -> list[int]:
+    """What was passed to this process by LISTEN_FDS, of which nobody after it hears."""
+    from ghostpool import _listenfds
+
+    try:
+        return _listenfds.take(os.environ)
+    except PlanError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def serving(path: str | None, passed: list[int], stack: ExitStack, err: bool) -> Any:
+    """The delivery that serves; its socket, passed or bound now, goes with `stack`."""
     from ghostpool._listener import Listener
     from ghostpool._serve import serve
 
-    listener = Listener(path)
+    listener = Listener.inherited(passed) if passed else Listener(path)
     stack.callback(listener.close)
     return serve(listener, lambda line: click.echo(line, err=err))
 
@@ -370,14 +397,16 @@ def recover(
     metavar="PID",
     help="Pid of the task in the images.",
 )
+@listen_fds_option
 @click.argument("cmd", nargs=-1, required=True, type=click.UNPROCESSED)
-def fetch(path: str, task: int, cmd: tuple[str, ...]) -> None:
+def fetch(path: str, task: int, listen_fds: bool, cmd: tuple[str, ...]) -> None:
     """Take one task's descriptors from a serving restore and run CMD with them, here."""
     from ghostpool._fetch import fetch as fetch_task
 
     raise_again()
+    passed_descriptors()
     try:
-        fetch_task(path, task, list(cmd))
+        fetch_task(path, task, list(cmd), listen_fds=listen_fds)
     except GhostpoolError as error:
         click.echo(f"ghostpool: {explain(error)}", err=True)
         sys.exit(exit_status(error))

@@ -66,6 +66,8 @@ def main(
         resource.setrlimit(resource.RLIMIT_CORE, (core_limit, hard))
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+        if b"LISTEN_FDS" in environment:
+            environment[b"LISTEN_PID"] = b"%d" % os.getpid()
         work._step = "execve"
         _execute(argv, environment)
     except OSError as error:

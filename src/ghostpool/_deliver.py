@@ -2,7 +2,7 @@
 
 Delivery begins when the mounts are back, the temporaries gone and the workers ended. A command is
 forked from the fork server, enters its task's mount namespace and finds exactly its task's ghost
-descriptors, at their numbers.
+descriptors, at their numbers or, on request, from 3 on as sd_listen_fds(3) expects them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import anyio
 
+from ghostpool import _listenfds
 from ghostpool._capabilities import COMMAND
 from ghostpool._errors import CommandError
 from ghostpool._planned import PlannedTask
@@ -52,11 +53,12 @@ async def discard(_: Prepared, restored: Restored) -> None:
     restored.close()
 
 
-def commands(argv: list[str], extra_capabilities: int = 0) -> Delivery:
+def commands(argv: list[str], extra_capabilities: int = 0, *, listen_fds: bool = False) -> Delivery:
     """Run `argv` once for each task of the image and wait for them all.
 
     It keeps the capabilities that container runtimes give by default, but for two of them
-    (`_capabilities.COMMAND`), and `extra_capabilities`.
+    (`_capabilities.COMMAND`), and `extra_capabilities`. With `listen_fds` it gets its descriptors
+    by the LISTEN_FDS convention.
     """
     capabilities = COMMAND | extra_capabilities
 
@@ -64,7 +66,7 @@ def commands(argv: list[str], extra_capabilities: int = 0) -> Delivery:
         children: list[tuple[int, Child]] = []
         try:
             for planned in run.plan.tasks:
-                child = await _start(run, restored, planned, argv, capabilities)
+                child = await _start(run, restored, planned, argv, capabilities, listen_fds)
                 children.append((planned.task.pid, child))
             restored.close()
             async with anyio.create_task_group() as group:
@@ -77,16 +79,27 @@ def commands(argv: list[str], extra_capabilities: int = 0) -> Delivery:
 
 
 async def _start(
-    run: Prepared, restored: Restored, planned: PlannedTask, argv: list[str], capabilities: int
+    run: Prepared,
+    restored: Restored,
+    planned: PlannedTask,
+    argv: list[str],
+    capabilities: int,
+    listen_fds: bool,
 ) -> Child:
     pid = planned.task.pid
     target = run.targets[planned.task.namespace]
+    environment = environment_of(planned, restored, os.environb)
+    descriptors = restored.of_task(planned)
+    if listen_fds:
+        for name, value in _listenfds.variables(descriptors).items():
+            environment[name.encode()] = value.encode()
+        descriptors = _listenfds.arranged(descriptors)
     try:
         return await run.server.command(
             [os.fsencode(word) for word in argv],
-            environment_of(planned, restored, os.environb),
+            environment,
             target.fd,
-            restored.of_task(planned),
+            descriptors,
             run.soft_limit,
             capabilities,
         )

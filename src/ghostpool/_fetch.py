@@ -16,7 +16,7 @@ import socket
 import struct
 from typing import Any
 
-from ghostpool import _descriptors
+from ghostpool import _descriptors, _listenfds
 from ghostpool._errors import CommandError, PlanError, RestoreError
 from ghostpool._protocol import take_rights
 
@@ -25,9 +25,10 @@ _UCRED = struct.Struct("3i")
 _SPACE = socket.CMSG_SPACE(253 * array.array("i").itemsize)
 
 
-def fetch(path: str, task: int, argv: list[str]) -> None:
+def fetch(path: str, task: int, argv: list[str], *, listen_fds: bool = False) -> None:
     """Fetch the descriptors of `task` from the socket at `path` and exec `argv`.
 
+    With `listen_fds` they come by the LISTEN_FDS convention, not at their numbers.
     Returns never. PlanError: nobody serves there, or not this task. CommandError: exec failed.
     """
     if shutil.which(argv[0]) is None:
@@ -66,6 +67,11 @@ def fetch(path: str, task: int, argv: list[str]) -> None:
         "GHOSTPOOL_TASK": str(task),
         "GHOSTPOOL_CLOEXEC": ",".join(map(str, sorted(cloexec))),
     }
+    if listen_fds:
+        environment |= _listenfds.variables(descriptors)
+        if descriptors:
+            environment["LISTEN_PID"] = str(os.getpid())
+        descriptors = _listenfds.arranged(descriptors)
     targets = {number: number for number in range(3) if number not in descriptors}
     try:
         for number in (signal.SIGPIPE, signal.SIGXFSZ):

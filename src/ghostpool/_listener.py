@@ -1,4 +1,8 @@
-"""The socket that descriptors are served on, from its name to its end."""
+"""The socket that descriptors are served on, from its name to its end.
+
+It is bound here, or was bound and is listening already when this process was started (socket
+activation): then its name and its mode are the business of whoever bound it.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +37,46 @@ class Listener:
             os.umask(umask)
         self.socket.setblocking(False)
 
+    @classmethod
+    def inherited(cls, descriptors: list[int]) -> Listener:
+        """On the one socket among `descriptors`, which it owns from then on."""
+        if len(descriptors) != 1:
+            raise PlanError(f"LISTEN_FDS: {len(descriptors)} sockets to serve on, expected one")
+        self = cls.__new__(cls)
+        try:
+            self.socket = socket.socket(fileno=descriptors[0])
+        except OSError as error:
+            raise PlanError(f"LISTEN_FDS: no socket to serve on: {error.strerror}") from error
+        self._identity = None
+        try:
+            self.path = _checked_name(self.socket)
+        except PlanError:
+            self.socket.close()
+            raise
+        self.socket.setblocking(False)
+        return self
+
     def close(self) -> None:
         """Take the name away and stop listening."""
         self.socket.close()
         if self._identity is not None and _identity(self.path) == self._identity:
             os.unlink(self.path)
+
+
+def _checked_name(inherited: socket.socket) -> str:
+    """The path of a socket that can be served on. PlanError: it is of another kind."""
+    sequenced = inherited.family == socket.AF_UNIX and inherited.type == socket.SOCK_SEQPACKET
+    if not sequenced or not inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise PlanError(
+            f"LISTEN_FDS: descriptor {inherited.fileno()} is no listening UNIX SOCK_SEQPACKET "
+            "socket (systemd: ListenSequentialPacket=PATH with Accept=no)"
+        )
+    name = inherited.getsockname()
+    if not isinstance(name, str) or not name.startswith("/"):
+        # An abstract one is reached by everybody in the network namespace, root of a container
+        # too; one that is named relatively leads somewhere else from anywhere else.
+        raise PlanError(f"LISTEN_FDS: the socket to serve on is at {name!r}, not at a full path")
+    return name
 
 
 def _identity(path: str) -> tuple[int, int] | None:

@@ -62,6 +62,13 @@ EXTERNAL = Parsed("KEY=PATH", _external)
 """KEY=PATH, or criu's mnt[KEY]:PATH."""
 
 
+listen_fds_option = click.option(
+    "--listen-fds",
+    is_flag=True,
+    help="Give CMD its descriptors from 3 on, by the LISTEN_FDS convention.",
+)
+
+
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say which images go where; those of criu where criu has them."""
     for decorator in reversed(

@@ -47,7 +47,7 @@ LAYERS = [
     "_filetable _ghostfile",
     "_imagemounts",
     "_channel _imagefile _launch _stall",
-    "_imagesource _schema",
+    "_imagesource _listenfds _schema",
     "_events _limits _model _mounttable _paths _rlimit",
     "_forkserver",
     "_build _command _guardian",
