@@ -2,8 +2,10 @@
 
     passing.py KIND[:PATH]… -- COMMAND
 
-KIND is what is passed: a file, or a socket of some kind, bound to PATH. `closed` passes nothing but
-says so; `stranger`, as the only one, has the variables name another process. Standard library only.
+KIND is what is passed: a file, a descriptor that it has been given (`fd:NUMBER`), or a socket of
+some kind, bound to PATH. `closed` passes nothing but says so; `stranger`, as the only one, has the
+variables name another process. The kinds are the names, if there are no others in the environment.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ def made(kind: str, path: str) -> int:
     """A descriptor of that kind, above the numbers that are passed."""
     if kind == "file":
         fd = os.open(path, os.O_RDONLY)
+    elif kind == "fd":
+        fd = int(path)
     else:
         types = {"stream": socket.SOCK_STREAM, "datagram": socket.SOCK_DGRAM}
         made = socket.socket(socket.AF_UNIX, types.get(kind, socket.SOCK_SEQPACKET))
@@ -44,7 +48,7 @@ def main(arguments: list[str]) -> None:
         os.closerange(3, _ABOVE)
     os.environ["LISTEN_PID"] = str(1 if kinds[0][0] == "stranger" else os.getpid())
     os.environ["LISTEN_FDS"] = str(len(kinds))
-    os.environ["LISTEN_FDNAMES"] = ":".join(kind for kind, _ in kinds)
+    os.environ.setdefault("LISTEN_FDNAMES", ":".join(kind for kind, _ in kinds))
     os.execvp(arguments[at + 1], arguments[at + 1 :])
 
 
