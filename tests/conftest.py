@@ -18,7 +18,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import psutil
@@ -125,6 +125,15 @@ def _lacks_userns() -> str | None:
     return problem and f"user namespaces for ordinary users ({problem})"
 
 
+@cache
+def _lacks_runtime(name: str) -> str | None:
+    if problem := lacks_mount_namespaces():
+        return problem
+    from tests.support import oci  # a copy of this file has no such neighbour
+
+    return oci.lacks(name)
+
+
 _CAPABILITIES: dict[str, tuple[Callable[[], str | None], str]] = {
     "needs_mount_ns": (
         lacks_mount_namespaces,
@@ -133,6 +142,8 @@ _CAPABILITIES: dict[str, tuple[Callable[[], str | None], str]] = {
     "needs_strace": (_lacks_strace, "strace, allowed to trace its own children"),
     "needs_loop": (_lacks_loop, "loop devices and mkfs.ext4"),
     "needs_systemd": (_lacks_systemd, "systemd's commands and libsystemd; it need not run"),
+    "needs_crun": (partial(_lacks_runtime, "crun"), "crun and busybox, to run a container"),
+    "needs_runc": (partial(_lacks_runtime, "runc"), "runc and busybox, to run a container"),
     "needs_userns": (_lacks_userns, "user namespaces for ordinary users"),
 }
 

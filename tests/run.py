@@ -39,6 +39,9 @@ TOOLS = {
     "mount": "mount",
     "unshare": "util-linux",
     "systemd-socket-activate": "systemd",
+    "crun": "crun",
+    "runc": "runc",
+    "busybox": "busybox-static",
 }
 
 NAME = re.compile(r"python3(\.\d+)?")
