@@ -23,6 +23,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import uvloop
 from hypothesis import settings
 
 import ghostpool
@@ -243,6 +244,8 @@ def _session_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     os.environ[variable] = value
     run_dir = tmp_path_factory.mktemp("run")
     os.environ["GHOSTPOOL_RUN_DIR"] = str(run_dir)
+    # libuv makes a pipe for signals with the first loop of a process, and keeps it.
+    uvloop.new_event_loop().close()
     mounts, processes, descriptors = _mounts(), _processes(), _descriptors()
     yield
     assert os.listdir(run_dir) == []

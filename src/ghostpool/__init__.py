@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ghostpool._barrier import TaskBarrier
+    from ghostpool._blocking import run_restore
     from ghostpool._buildspec import MountSpec, NamespaceSpec, Node
     from ghostpool._errors import (
         BarrierBroken,
@@ -173,6 +174,7 @@ __all__ = [
     "open_pool",
     "read_images",
     "restore",
+    "run_restore",
 ]
 
 # Each name, and the module it is in: the imports above, for whoever runs this file.
@@ -257,6 +259,7 @@ _HOME_OF = {
     "open_pool": "_openpool",
     "read_images": "_openimages",
     "restore": "_openrestore",
+    "run_restore": "_blocking",
 }
 
 

@@ -167,6 +167,14 @@ def alone(error: BaseException) -> BaseException:
     return error
 
 
+def without_echoes(error: BaseException) -> BaseException:
+    """A group without the broken barriers that other errors of it have caused."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    _, causes = error.split(BarrierBroken)
+    return causes or error
+
+
 def reportable(error: BaseException) -> list[Exception]:
     """The single errors inside, without those that only end a task (cancellation, Ctrl-C)."""
     return [leaf for leaf in leaves(error) if isinstance(leaf, Exception)]

@@ -17,7 +17,7 @@ import anyio
 
 from ghostpool._barrier import TaskBarrier
 from ghostpool._createghosts import Creator
-from ghostpool._errors import BarrierBroken, RevertError, first_cause, reportable
+from ghostpool._errors import BarrierBroken, RevertError, first_cause, reportable, without_echoes
 from ghostpool._events import NOBODY, Cleaned, Events, TaskArrived
 from ghostpool._guard import Guard
 from ghostpool._lease import LeaseStatistics, MountLeases
@@ -115,7 +115,7 @@ class Restoration:
                     raise  # it is the caller's own: there is nothing to undo any more
                 error = await self._undone(caught)
             if error is not None:
-                raise first_cause(error) if alone else error
+                raise first_cause(error) if alone else without_echoes(error)
         finally:
             self._note_usage()
             self.restored.close()

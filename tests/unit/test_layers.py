@@ -26,6 +26,7 @@ LAYERS = [
     "testing._area",
     "_cli",
     "_demo _fetch _options _serve",
+    "_blocking",
     "_deliver _makeplan _openrestore _show",
     "_openpool",
     "_request",
