@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import anyio
 
+from ghostpool._apart import apart
 from ghostpool._errors import GhostpoolError, RevertError, WorkerHung
 from ghostpool._guard import Guard, Owed
 from ghostpool._journal import Anchor
@@ -128,6 +129,22 @@ class Ledger:
         `keep` leaves the old names alone, which stay owed until `settle`. RevertError for a name
         that resists; all others are gone then. Every slot works on its own directories at once.
         """
+        by_slot = await apart(lambda: self._to_remove(keep), len(self))
+        left: list[str] = []
+        errors: list[Exception] = []
+        async with anyio.create_task_group() as group:
+            for slot, operations in by_slot.items():
+                group.start_soon(self._clear_slot, slot, operations, left, errors)
+        if errors:
+            # What was tried twice was told twice.
+            errors = list({str(error): error for error in errors}.values())
+            raise errors[0] if len(errors) == 1 else ExceptionGroup("names are left", errors)
+        if not keep and not self._hung:
+            await self.settle()
+        return left
+
+    def _to_remove(self, keep: bool) -> dict[int, list[tuple[int, RemoveOp]]]:
+        """What `clear` removes, by slot: target and operation, in order."""
         by_slot: dict[int, list[tuple[int, RemoveOp]]] = {}
         for planned, slot in () if keep else reversed(self._links.values()):
             target = planned.opening.mount.namespace.target.index
@@ -143,18 +160,7 @@ class Ledger:
             target = temporary.planned.mount.namespace.target.index
             operations = by_slot.setdefault(temporary.slot, [])
             operations += [(target, operation) for operation in _temporary_ops(temporary)]
-        left: list[str] = []
-        errors: list[Exception] = []
-        async with anyio.create_task_group() as group:
-            for slot, operations in by_slot.items():
-                group.start_soon(self._clear_slot, slot, operations, left, errors)
-        if errors:
-            # What was tried twice was told twice.
-            errors = list({str(error): error for error in errors}.values())
-            raise errors[0] if len(errors) == 1 else ExceptionGroup("names are left", errors)
-        if not keep and not self._hung:
-            await self.settle()
-        return left
+        return by_slot
 
     async def _clear_slot(
         self,

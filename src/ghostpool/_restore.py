@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
 
+from ghostpool._apart import apart
 from ghostpool._barrier import TaskBarrier
 from ghostpool._createghosts import Creator
 from ghostpool._errors import BarrierBroken, RevertError, first_cause, reportable, without_echoes
@@ -26,7 +27,7 @@ from ghostpool._mend import mend_command, recover_command
 from ghostpool._model import MountHandle, Pid
 from ghostpool._mountkernel import PoolMounts
 from ghostpool._openfiles import Opener
-from ghostpool._planned import Plan, PlannedOpen, PlannedTask
+from ghostpool._planned import Plan, PlannedTask
 from ghostpool._pool import WorkerPool
 from ghostpool._restored import Restored
 from ghostpool._slots import assign_slots
@@ -118,7 +119,12 @@ class Restoration:
                 raise first_cause(error) if alone else without_echoes(error)
         finally:
             self._note_usage()
-            self.restored.close()
+            await self._close()
+
+    async def _close(self) -> None:
+        # Each may be the last of a file, which goes with it.
+        with anyio.CancelScope(shield=True):
+            await apart(self.restored.close, len(self.restored.fds))
 
     def _note_usage(self) -> None:
         self.restored.usage = self._leases.usage()
@@ -175,16 +181,16 @@ class Restoration:
         """Open what a task has, and what it shares with tasks that have not opened it yet."""
         pid = planned.task.pid
         self.barrier.check()
-        wanted: dict[int, PlannedOpen] = {}
+        opens = {planned_open.opening.file.id: planned_open for planned_open in planned.opens}
         for descriptor in planned.task.descriptors:
-            opening = self._by_file.get(descriptor.reg_id)
-            if opening is not None:
-                wanted[descriptor.reg_id] = opening
-        opens = [*planned.opens, *(o for i, o in wanted.items() if o not in planned.opens)]
-        foreign = set(self.plan.leases_for(self._opener.not_begun(opens))) - set(planned.leases)
+            shared = self._by_file.get(descriptor.reg_id)
+            if shared is not None:
+                opens.setdefault(descriptor.reg_id, shared)
+        wanted = list(opens.values())
+        foreign = set(self.plan.leases_for(self._opener.not_begun(wanted))) - set(planned.leases)
         if foreign:
             await self._inside[pid].enter_async_context(self._leases.hold(sorted(foreign)))
-        await self._opener.open(pid, opens)
+        await self._opener.open(pid, wanted)
 
     # -- the end --------------------------------------------------------------------------------
 
@@ -208,7 +214,7 @@ class Restoration:
         self.restored.left += await self._ledger.clear(keep=self._keep)
         if self._events:
             self._events.send(Cleaned(names=names))
-        self._verify()
+        await self._verify()
         # Only now are names that are to be kept no longer owed; it can not be half done.
         with anyio.move_on_after(UNDO_S, shield=True):
             await self._ledger.settle(kept=self._keep)
@@ -216,9 +222,9 @@ class Restoration:
         await self._service.aclose()
         self._note_usage()
 
-    def _verify(self) -> None:
+    async def _verify(self) -> None:
         if not self._keep:
-            self.restored.verify()
+            await apart(self.restored.verify, len(self.restored.fds))
 
     def _left_early(self) -> BaseException:
         """Why a block that was left without an error has come to nothing."""
@@ -235,7 +241,7 @@ class Restoration:
         self.barrier.break_(cause)
         failures: list[Exception] = []
         with anyio.CancelScope(shield=True):
-            self.restored.close()
+            await self._close()
             # A task that is still in its block has lost its leases from here on.
             for leases in [*self._inside.values(), self._service]:
                 try:

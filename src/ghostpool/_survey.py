@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import anyio
 
 from ghostpool import _room
+from ghostpool._apart import apart
 from ghostpool._errors import MountNotFound, Overmounted, PlanError, leaves
 from ghostpool._match import Namespace
 from ghostpool._model import Images, MountHandle, NsId
@@ -61,11 +62,18 @@ class Survey:
             number: Namespace(number, target, tables[target.index])
             for number, target in targets.items()
         }
-        planner = Planner(self._images, namespaces, self._policy, token)
-        planner.add_bases()
+
+        def begin() -> Planner:
+            planner = Planner(self._images, namespaces, self._policy, token)
+            planner.add_bases()
+            return planner
+
+        pieces = len(self._images.files)
+        planner = await apart(begin, pieces)
         self._admit(planner)
         await self._open_mounts(planner)
-        plan = planner.finish(await self._look(planner))
+        looks = await self._look(planner)
+        plan = await apart(lambda: planner.finish(looks), pieces)
         await self._check_room(planner, plan)
         return plan
 

@@ -300,7 +300,7 @@ def test_many_workers_in_many_directories(tmp_path: Path) -> None:
 def run_failing_keep(images: Path, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """restore --keep that fails in its last step before success."""
 
-    def verify(self: Restoration) -> None:
+    async def verify(self: Restoration) -> None:
         raise VerificationError("on purpose")
 
     monkeypatch.setattr(Restoration, "_verify", verify)
