@@ -37,7 +37,7 @@ class MemoryBound:
         self, limit: int, pids: Callable[[], list[int]], measure: Measure | None = None
     ) -> None:
         self.limit = limit
-        self.peak = 0
+        self.peak: int = 0
         """Most bytes seen so far."""
         self._pids = pids
         self._measure = measure or pss_of

@@ -17,7 +17,7 @@ import anyio
 
 from ghostpool import _linux
 from ghostpool._errors import WorkerDied, WorkerHung
-from ghostpool._events import NOBODY, Entered
+from ghostpool._events import NOBODY, Entered, Events
 from ghostpool._memory import MemoryBound
 from ghostpool._model import MountHandle
 from ghostpool._process import Child, ForkServer
@@ -69,11 +69,11 @@ class WorkerPool:
         self._slots: list[WorkerClient | None] = [None] * jobs
         self._locks = [anyio.Lock() for _ in range(jobs)]
         self._undead: list[tuple[int, Child]] = []
-        self.events = NOBODY
+        self.events: Events = NOBODY
         self._entered: set[tuple[int, int]] = set()
-        self.started = 0
+        self.started: int = 0
         """Workers forked so far."""
-        self.peak_rss = 0
+        self.peak_rss: int = 0
         """Largest resident set of a worker that has ended, in bytes."""
 
     @classmethod

@@ -59,9 +59,11 @@ class Restoration:
     ) -> None:
         plan.check()
         self.plan = plan
-        self.tasks = {int(planned.task.pid): planned for planned in plan.tasks}
-        self.restored = Restored(plan)
-        self.barrier = TaskBarrier(self.tasks)
+        self.tasks: dict[int, PlannedTask] = {
+            int(planned.task.pid): planned for planned in plan.tasks
+        }
+        self.restored: Restored = Restored(plan)
+        self.barrier: TaskBarrier = TaskBarrier(self.tasks)
         self._keep = keep
         self._events = events
         self._kernel = PoolMounts(pool, plan.mounts, guard, events)

@@ -51,7 +51,7 @@ class WorkerClient:
         self._namespaces: set[int] = set()
         self._received: list[int] = []
         """Descriptors of an answer of which the last frame is still to come."""
-        self.alive = True
+        self.alive: bool = True
 
     @classmethod
     async def forked(

@@ -54,7 +54,7 @@ class Area:
     """The mapping of a file in memory, for one process. Made by `create` and by `at`."""
 
     def __init__(self, fd: int) -> None:
-        self.path = f"/proc/{os.getpid()}/fd/{fd}"
+        self.path: str = f"/proc/{os.getpid()}/fd/{fd}"
         """By which other processes find it, as long as the one that made it does not close it."""
         self._fd = fd
         self._map = mmap.mmap(fd, SIZE)
