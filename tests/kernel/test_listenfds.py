@@ -80,6 +80,26 @@ def passes(*kinds: str) -> list[str]:
     return [sys.executable, passing.__file__, *kinds, "--"]
 
 
+def fetched(path: object, *words: str, prefix: Sequence[str] = ()) -> dict[int, dict[str, Any]]:
+    """What is told to the consumers of all tasks that have any, which fetch at the same time."""
+    consumers: dict[int, subprocess.Popen[str]] = {}
+    told = {}
+    try:
+        for task in (1, 2):
+            fetch = ("fetch", "--socket", path, "--task", task, *words)
+            consumers[task] = start([*prefix, *COMMAND, *fetch], stdin=subprocess.DEVNULL)
+        for task, consumer in consumers.items():
+            out, err = consumer.communicate(timeout=LIMIT_S)
+            assert (consumer.returncode, err) == (0, "")
+            told[task] = json.loads(out)
+    finally:
+        for consumer in consumers.values():
+            if consumer.poll() is None:
+                consumer.kill()
+                consumer.communicate()
+    return told
+
+
 def check_told(told: dict[str, Any], task: int) -> None:
     """It has what it should have, in the places of the convention, and nothing else."""
     names = [HELD[task][number] for number in sorted(HELD[task])]
@@ -118,12 +138,10 @@ def test_who_fetches_finds_them_from_3_on(
     where: Sequence[object], asking: str, tmp_path: Path
 ) -> None:
     with serving(*where, "--serve", tmp_path / "socket") as served:
-        for task in (1, 2):
-            fetch = ("fetch", "--socket", served.socket, "--task", task, "--listen-fds")
-            words = ["--", *TELLS, *filter(None, [asking])]
-            done = ghostpool(*fetch, *words, prefix=passes(*["file:/dev/null"] * 7))
-            assert (done.returncode, done.stderr) == (0, "")
-            check_told(json.loads(done.stdout), task)
+        words = ["--listen-fds", "--", *TELLS, *filter(None, [asking])]
+        told = fetched(served.socket, *words, prefix=passes(*["file:/dev/null"] * 7))
+        for task, row in told.items():
+            check_told(row, task)
         assert served.process.wait(timeout=30) == 0
 
 
@@ -136,11 +154,8 @@ def test_what_was_passed_to_us_is_not_the_commands(
     assert (done.returncode, done.stderr) == (0, "")
     rows = {int(row["GHOSTPOOL_TASK"]): row for row in map(json.loads, done.stdout.splitlines())}
     with serving(*where, "--serve", tmp_path / "socket") as served:
-        for task in (1, 2):
-            fetch = ("fetch", "--socket", served.socket, "--task", task, "--", *TELLS)
-            done = ghostpool(*fetch, prefix=passes(kind))
-            assert (done.returncode, done.stderr) == (0, "")
-            rows[-task] = json.loads(done.stdout)
+        for task, row in fetched(served.socket, "--", *TELLS, prefix=passes(kind)).items():
+            rows[-task] = row
     for task, told in rows.items():
         assert not [name for name in told if name.startswith("LISTEN")]
         assert set(told["open"]) == {0, 1, 2, *HELD[abs(task)]}
@@ -163,9 +178,8 @@ def test_serving_on_a_socket_that_is_passed(where: Sequence[object], tmp_path: P
     path = tmp_path / "socket"
     with serving(*where, prefix=passes(f"listening:{path}")) as served:
         assert (served.socket, served.tasks) == (str(path), 2)
-        for task in (1, 2):
-            fetch = ("fetch", "--socket", path, "--task", task, "--listen-fds", "--", *TELLS)
-            check_told(json.loads(ghostpool(*fetch).stdout), task)
+        for task, row in fetched(path, "--listen-fds", "--", *TELLS).items():
+            check_told(row, task)
         assert served.process.wait(timeout=30) == 0
     assert stat.S_ISSOCK(path.lstat().st_mode)
 
@@ -216,21 +230,14 @@ def test_activated_by_systemd(where: Sequence[object], tmp_path: Path) -> None:
     path = tmp_path / "socket"
     activate = ["systemd-socket-activate", "--seqpacket", "-l", path, "-E", "GHOSTPOOL_RUN_DIR"]
     process = start([*activate, *COMMAND, "restore", "--timeout", LIMIT_S, *where])
-    consumers: list[subprocess.Popen[str]] = []
     try:
         assert process.stderr is not None
         assert process.stderr.readline() == f"Listening on {path} as 3.\n"
-        for task in (1, 2):
-            fetch = ("fetch", "--socket", path, "--task", task, "--listen-fds", "--", *TELLS)
-            consumers.append(start([*COMMAND, *fetch]))
-        for task, consumer in zip((1, 2), consumers, strict=True):
-            out, err = consumer.communicate(timeout=LIMIT_S)
-            assert (consumer.returncode, err) == (0, "")
-            check_told(json.loads(out), task)
+        for task, row in fetched(path, "--listen-fds", "--", *TELLS).items():
+            check_told(row, task)
         out, _ = process.communicate(timeout=LIMIT_S)
         assert (process.returncode, out) == (0, f"serving 2 tasks on {path}\n")
     finally:
-        for one in (process, *consumers):
-            if one.poll() is None:
-                one.kill()
-            one.communicate()
+        if process.poll() is None:
+            process.kill()
+        process.communicate()

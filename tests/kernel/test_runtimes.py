@@ -26,6 +26,7 @@ from tests.kernel.test_listenfds import passes
 from tests.support.corpus import CORPUS, corpus
 from tests.support.imagewriter import O_RDWR, ImageSet
 from tests.support.restore import (
+    COMMAND,
     LIMIT_S,
     end,
     ghostpool,
@@ -163,8 +164,10 @@ def test_a_service_keeps_its_files_over_a_crash(where: tuple[object, ...], tmp_p
     address = f"{tmp_path}/notify"
     env = environment(NOTIFY_SOCKET=address)
     with manager(address) as notified, serving(*where, "--serve", path):
+        other = start([*COMMAND, "fetch", "--socket", path, "--task", 2, "--", "true"])
         first = start(command, env=env)
         assert said(first) == ["3: 3 bytes", "9: 4 bytes"]
+        assert (end(other), other.returncode) == ("", 0)
         first.kill()
         assert end(first) == ""
         kept = notified.kept()

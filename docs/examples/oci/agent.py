@@ -124,7 +124,7 @@ async def restore(images: str, directory: str, asked: Asked) -> None:
         async with anyio.create_task_group() as group:
             await group.start(pool.serve, f"{directory}/task.sock")
             asked.answer("ok")
-            await pool.finish()
+        await pool.finish()
 
 
 if __name__ == "__main__":
