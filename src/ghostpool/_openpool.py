@@ -104,7 +104,8 @@ async def open_pool(
     Errors come out in an ExceptionGroup: PlanError (nothing was touched), RestoreError (undone),
     RevertError (something needs you, `command` says what to do), and what was raised in the block.
     A cancellation comes out as such. No signal handler is installed; RLIMIT_NOFILE is raised to
-    the hard limit meanwhile. Needs CAP_SYS_ADMIN over the namespaces; see also `Options`.
+    the hard limit meanwhile. Of two runs that work on one mount at the same time, one may fail
+    (EROFS), with everything undone. Needs CAP_SYS_ADMIN over the namespaces; see also `Options`.
     """
     request = request_of(images, options)
     with grouped():
