@@ -413,10 +413,23 @@ def fetch(path: str, task: int, listen_fds: bool, cmd: tuple[str, ...]) -> None:
 
 
 @cli.command()
-def demo() -> None:
+@click.option(
+    "--unpack",
+    metavar="DIR",
+    help="Only make DIR and write the dump there, its images into DIR/images.",
+)
+def demo(unpack: str | None) -> None:
     """Restore a real dump in private namespaces and prove that it came out right."""
-    from ghostpool._demo import JOBS, Demo, enter_user_namespace, may_mount
+    from ghostpool._demo import JOBS, Demo, enter_user_namespace, may_mount, unpack_dump
 
+    if unpack is not None:
+        try:
+            os.mkdir(unpack)
+            unpack_dump(unpack)
+        except OSError as error:
+            click.echo(f"ghostpool: {unpack}: {error.strerror}", err=True)
+            sys.exit(EXIT_REFUSED)
+        return
     privileged = may_mount()
     if not privileged:
         try:

@@ -53,8 +53,11 @@ def may_mount() -> bool:
     return False
 
 
-def _unpack(directory: str) -> None:
-    """Write the shipped images out; read member by member, as any archive ought to be."""
+def unpack_dump(directory: str) -> None:
+    """Write the shipped dump into the directory; read member by member, as any archive should be.
+
+    Its images go into `images`, and what the tasks saw of their files into `expected.json`.
+    """
     os.mkdir(os.path.join(directory, "images"))
     with tarfile.open(str(files("ghostpool") / "data" / "demo.tar.gz")) as archive:
         for member in archive:
@@ -72,7 +75,7 @@ class Demo:
         self._compare_owner = compare_owner
         self._directory = tempfile.TemporaryDirectory(prefix="ghostpool-demo-")
         self._mountinfo = Path("/proc/self/mountinfo").read_bytes()
-        _unpack(self._directory.name)
+        unpack_dump(self._directory.name)
         self.images = os.path.join(self._directory.name, "images")
         self.run_dir = os.path.join(self._directory.name, "run")
         expected = Path(self._directory.name, "expected.json").read_text(encoding="utf-8")

@@ -7,8 +7,10 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import anyio
 import pytest
 
 import ghostpool
@@ -18,10 +20,12 @@ from tests.support.restore import entering, live, mount_tmpfs
 DEMO = (sys.executable, "-m", "ghostpool", "demo")
 
 
-def demo(directory: Path, *prefix: str) -> subprocess.CompletedProcess[str]:
+def demo(
+    directory: Path, *prefix: str, options: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run it in an empty directory, with its temporary files there."""
     return subprocess.run(
-        [*prefix, *DEMO],
+        [*prefix, *DEMO, *options],
         cwd=directory,
         env={**os.environ, "TMPDIR": str(directory), "COLUMNS": "120"},
         stdin=subprocess.DEVNULL,
@@ -97,3 +101,15 @@ def test_where_user_namespaces_are_forbidden(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert "run the demo as root" in done.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_the_dump_alone(tmp_path: Path) -> None:
+    """For the tutorial: readable by ghostpool, and never over something that is there."""
+    options = ["--unpack", "dump"]
+    done = demo(tmp_path, options=options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert sorted(os.listdir(tmp_path / "dump")) == ["expected.json", "images"]
+    images = anyio.run(ghostpool.read_images, tmp_path / "dump" / "images")
+    assert len(images.ghosts) == 9
+    again = demo(tmp_path, options=options)
+    assert (again.returncode, again.stderr) == (2, "ghostpool: dump: File exists\n")
