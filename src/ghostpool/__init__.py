@@ -7,6 +7,7 @@ process imports `ghostpool._worker`, which runs this file too, and must not pay 
 from __future__ import annotations
 
 __version__ = "0.1.0"
+"""As SemVer has it."""
 
 # Type checkers take this as true; importing typing only for it would cost every worker.
 TYPE_CHECKING = False

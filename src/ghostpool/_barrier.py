@@ -118,7 +118,7 @@ class TaskBarrier:
         Leaving by an exception or a cancellation breaks the barrier with it. BarrierBroken at
         once if the barrier is broken already: there is no use in starting.
 
-        What has to outlive the barrier, as a lease does, goes around the arrival::
+        What has to outlive the barrier, as a lease does, goes around the arrival:
 
             async with barrier.party(task), leases.hold(mounts):
                 ...

@@ -36,11 +36,17 @@ class Node(NamedTuple):
     mode: int
     """Full st_mode."""
     uid: int = 0
+    """Owner."""
     gid: int = 0
+    """Group."""
     data: bytes = b""
+    """Content of a regular file."""
     target: bytes | None = None
+    """What a symbolic link points to."""
     rdev: int = 0
+    """Device number of a device, as os.makedev gives it."""
     mtime_ns: int | None = None
+    """Modification and access time in nanoseconds since 1970; None: now."""
     hard_link_of: bytes | None = None
     """Path of an earlier node of the same mount; only a further name is made then."""
 
@@ -65,7 +71,9 @@ class MountSpec(NamedTuple):
     """Exactly these MOUNT_ATTR_* in the end, atime mode included."""
     read_only_superblock: bool = False
     shared_group: int = 0
+    """Peer group of a shared mount, by a number of your own; 0: none."""
     master_group: int = 0
+    """Peer group whose slave it is to be, or 0."""
     unbindable: bool = False
     external: bytes | None = None
     """Path of the caller's that supplies the superblock instead of fstype and options."""
@@ -78,6 +86,7 @@ class NamespaceSpec(NamedTuple):
     """One mount namespace; its root first, parents before children."""
 
     id: int
+    """By which it is called from then on; unique over the whole build."""
     mounts: tuple[MountSpec, ...]
 
 

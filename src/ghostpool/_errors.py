@@ -34,9 +34,9 @@ class ImageError(PlanError):
     """
 
     def __init__(self, file: str, record: int | None, problem: str) -> None:
-        self.file = file
-        self.record = record
-        self.problem = problem
+        self.file: str = file
+        self.record: int | None = record
+        self.problem: str = problem
         where = file if record is None else f"{file}, record {record}"
         super().__init__(f"{where}: {problem}")
 
@@ -80,7 +80,8 @@ class KernelError(RestoreError, OSError):
     """A system call failed in a worker.
 
     Attributes besides those of OSError: `syscall`, `path` (as text, for people), `mount`
-    (mount point, or None) and `namespace` (how the namespace was named, or None).
+    (mount point, or None), `namespace` (how the namespace was named, or None) and `advice` (what
+    may help, or None).
     """
 
     def __init__(
@@ -94,11 +95,11 @@ class KernelError(RestoreError, OSError):
         advice: str | None = None,
     ) -> None:
         OSError.__init__(self, errno, os.strerror(errno))
-        self.syscall = syscall
-        self.path = path
-        self.mount = mount
-        self.namespace = namespace
-        self.advice = advice
+        self.syscall: str = syscall
+        self.path: str = path
+        self.mount: str | None = mount
+        self.namespace: str | None = namespace
+        self.advice: str | None = advice
 
     def __reduce__(self) -> tuple[Any, ...]:
         rest = {"mount": self.mount, "namespace": self.namespace, "advice": self.advice}
@@ -139,8 +140,8 @@ class RevertError(GhostpoolError):
     """Something could not be put back; `command` is what the user runs to finish the job."""
 
     def __init__(self, problem: str, command: str) -> None:
-        self.problem = problem
-        self.command = command
+        self.problem: str = problem
+        self.command: str = command
         super().__init__(f"{problem}; to put it back: {command}")
 
     def __reduce__(self) -> tuple[type[RevertError], tuple[str, str]]:

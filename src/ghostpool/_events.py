@@ -23,6 +23,7 @@ class Event:
     """Something that has happened in a run."""
 
     kind: ClassVar[str] = "event"
+    """Name of the type, in documents."""
     at: float = field(default_factory=time.time)
     """Seconds since 1970, by this machine's clock."""
 
@@ -38,10 +39,13 @@ class Planned(Event):
 
     kind = "planned"
     ghosts: int
+    """How many files are to be made."""
     files: int
     """Opens of ghosts: what the tasks held."""
     tasks: int
+    """All of the images, those without any ghost too."""
     mounts: int
+    """Live mounts that ghosts are on."""
     to_make_writable: int
     """Mounts that tasks will be leased."""
     refusals: int
@@ -65,8 +69,11 @@ class MountWritable(Event):
 
     kind = "mount_writable"
     target: str
+    """The mount namespace, as messages name it."""
     mountpoint: str
+    """In that namespace."""
     mount_id: int
+    """Its number in /proc/PID/mountinfo."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +94,7 @@ class FileOpened(Event):
 
     kind = "file_opened"
     task: int
+    """Pid in the images of the one that opened it: several may have it."""
     file: int
     """Id of the open file description in the images."""
     path: str
@@ -99,6 +107,7 @@ class TaskArrived(Event):
 
     kind = "task_arrived"
     task: int
+    """Its pid in the images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +116,11 @@ class Reverted(Event):
 
     kind = "reverted"
     target: str
+    """The mount namespace, as messages name it."""
     mountpoint: str
+    """In that namespace."""
     mount_id: int
+    """Its number in /proc/PID/mountinfo."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +148,7 @@ class Lost(Event):
 
     kind = "lost"
     events: int
+    """How many."""
 
 
 class EventSink(Protocol):

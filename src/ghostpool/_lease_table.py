@@ -20,15 +20,18 @@ M = TypeVar("M", bound=Hashable)
 
 
 class LeaseState(enum.Enum):
-    """Where one mount stands; see the table at `LeaseTable`."""
+    """Where one mount stands."""
 
     READ_ONLY = "read-only"
     """As we found it."""
     OPENING = "opening"
+    """A lease is being taken: it is being made writable."""
     WRITABLE = "writable"
+    """Somebody holds a lease on it."""
     CLOSING = "closing"
+    """The last lease has ended: it is being put back."""
     FAILED = "failed"
-    """The last change failed, or its outcome is unknown; `owed` tells what that leaves."""
+    """The last change failed, or its outcome is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +50,20 @@ class MountUsage:
 
 @dataclass(frozen=True, slots=True)
 class LeaseStatistics:
-    """Numbers over all mounts of a table."""
+    """Numbers over all mounts that leases were asked for."""
 
     mounts: int
+    """How many there are."""
     leases: int
+    """Held, or waited for, now."""
     states: dict[LeaseState, int]
     """How many mounts are in each state; states without any are left out."""
     owed: int
     """Mounts that are, or may be, writable by our doing."""
     made_writable: int
+    """Changes to writable so far."""
     made_read_only: int
+    """Changes back so far."""
 
 
 class Acquired(NamedTuple, Generic[M]):

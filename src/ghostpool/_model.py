@@ -16,6 +16,7 @@ MntId = NewType("MntId", int)
 NsId = NewType("NsId", int)
 """A mount namespace id of the images (the N of mountpoints-N.img)."""
 GhostId = NewType("GhostId", int)
+"""Number of a ghost in the images; `Ghost.file` names the image of that one."""
 RegId = NewType("RegId", int)
 """Id of a reg_file_entry: one open file description of the dumped tasks."""
 Pid = NewType("Pid", int)
@@ -50,8 +51,11 @@ class Extent:
     """A run of content: `length` bytes at `offset` of the file, at `position` of the image."""
 
     offset: int
+    """Bytes from the beginning of the file."""
     length: int
+    """Bytes."""
     position: int
+    """Bytes from the beginning of the image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +66,23 @@ class Ghost:
     file: str
     """Name of the image inside its directory."""
     mode: int
+    """Full st_mode."""
     uid: int
+    """Owner, as the images have it."""
     gid: int
+    """Group, likewise."""
     atime: int | None
+    """Access time in microseconds since 1970; None: not in the image."""
     mtime: int | None
+    """Modification time, likewise."""
     size: int
-    """Logical size of a regular file; 0 for every other type."""
+    """Bytes of a regular file, holes included; 0 for every other type."""
     extents: tuple[Extent, ...]
     """Content of a regular file, ascending; what no extent covers is a hole."""
     rdev: int | None = None
+    """Device number of a device, as os.makedev gives it."""
     target: bytes | None = None
+    """What a symbolic link points to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +91,17 @@ class RegFile:
 
     id: RegId
     flags: int
+    """Of open(2), as dumped."""
     position: int | None
-    """None: the restored file is not to be seeked."""
+    """Offset in bytes; None: the restored file is not to be seeked."""
     name: bytes
+    """The path that it was opened by, absolute in its mount namespace."""
     mnt_id: MntId | None
     """None where the dump had no mount namespace of its own, and in link remap targets."""
     size: int | None
+    """Bytes when it was dumped, if the image says so."""
     mode: int | None
+    """Full st_mode when it was dumped, if the image says so."""
     external: bool = False
 
 
@@ -99,6 +114,7 @@ class Remap:
     origin: RegId
     kind: Literal["ghost", "linked", "procfs"]
     target: int
+    """Id of a ghost or of a reg file, or a pid: by `kind`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +122,7 @@ class Descriptor:
     """One row of a task's fdinfo that leads to a reg file (directly, or as a fifo or tty)."""
 
     number: int
+    """The descriptor in the task."""
     reg_id: RegId
     close_on_exec: bool
     fifo: bool = False
@@ -143,10 +160,14 @@ class ImageMount:
     fstype: str
     """File-system name (tmpfs, proc, …); "" where the image only says that it is another one."""
     device: int
+    """Device number of its superblock, as os.makedev gives it."""
     root: bytes
+    """What of the file system is mounted: an absolute path inside it."""
     mountpoint: bytes
+    """Absolute, in its mount namespace."""
     source: str
     options: str
+    """Of the superblock, as mount(8) takes them."""
     flags: int
     """Per-mount MS_* flags without propagation bits."""
     superblock_flags: int

@@ -22,7 +22,7 @@ class RestoredTask:
 
     def __init__(self, restored: Restored, planned: PlannedTask) -> None:
         self._restored = restored
-        self.planned = planned
+        self.planned: PlannedTask = planned
         """What is known of it from the images and the plan."""
 
     @property
@@ -59,7 +59,7 @@ class RestoredRun:
             }
         )
         """The tasks of the images by their pids there."""
-        self.report = report
+        self.report: Report = report
         """What was done."""
 
     @property

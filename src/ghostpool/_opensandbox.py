@@ -25,7 +25,7 @@ class Sandbox:
     """Private mount namespaces. Made by `built` or `from_images`, which end them."""
 
     def __init__(self, specs: tuple[NamespaceSpec, ...], fds: Mapping[int, int]) -> None:
-        self.specs = specs
+        self.specs: tuple[NamespaceSpec, ...] = specs
         """What was built."""
         self.fds: dict[int, int] = dict(fds)
         """Descriptors of the namespaces, by the id of their spec; the sandbox's own."""

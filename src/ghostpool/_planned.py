@@ -72,6 +72,7 @@ class Opening:
     mount: PlannedMount
     site: Site
     flags: int
+    """Of open(2)."""
     fifo: bool
 
 
@@ -126,6 +127,7 @@ class PlannedOpen:
     missing: int
     """How many components of the directory are missing now."""
     group: tuple[int, int]
+    """Identity of the directory that it happens in: all work there is one worker's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,7 @@ class PlannedTask:
     task: Task
     opens: tuple[PlannedOpen, ...]
     leases: tuple[MountHandle, ...]
+    """Mounts that are writable for it, while it is brought up."""
 
 
 @dataclass(frozen=True, slots=True)

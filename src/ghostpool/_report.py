@@ -21,18 +21,27 @@ class Report:
 
     strategy: str = "remount"
     plan: Plan | None = None
+    """None: it has not come to one."""
     usage: Mapping[MountHandle, MountUsage] = field(default_factory=dict)
+    """What each mount went through."""
     identities: Mapping[MountHandle, int] = field(default_factory=dict)
+    """Unique ids of the mounts, or their mnt_ids before Linux 6.8."""
     workers: int = 0
+    """Processes that were started in mount namespaces."""
     peak_rss: int = 0
+    """Most memory of one worker, in bytes."""
     memory: tuple[int, int] | None = None
     """The bound that was set, and the most that was seen, in bytes."""
     elapsed_s: float = 0.0
+    """Seconds from the reading of the images to the end."""
     commands: list[tuple[int, int]] = field(default_factory=list)
     """Task and status of each command that ran, 128 + n for one that signal n ended."""
     left: list[str] = field(default_factory=list)
+    """What was left alone in cleaning up, and why."""
     error: BaseException | None = None
+    """What the run failed with; a library's caller gets it raised."""
     status: int = 0
+    """Exit status of the command."""
     ready: bool = False
     """The plan was without refusals, so every clone that it asks for had been made."""
     restored: bool = False

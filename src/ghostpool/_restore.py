@@ -280,11 +280,11 @@ class Restoration:
 
 
 class PoolTask:
-    """A task inside its block; see `Restoration.task`."""
+    """A task inside its block. Made by `GhostPool.task`."""
 
     def __init__(self, restoration: Restoration, planned: PlannedTask) -> None:
         self._restoration = restoration
-        self.planned = planned
+        self.planned: PlannedTask = planned
         """What is known of it from the images and the plan."""
         self.over = False
         """Its block has been left."""

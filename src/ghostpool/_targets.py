@@ -24,6 +24,7 @@ class Target:
     index: int
     """Number under which workers know it."""
     fd: int
+    """Of the namespace, as long as the run goes on; not to be closed."""
     identity: tuple[int, int]
     """Device and inode of the namespace file."""
     label: str

@@ -22,8 +22,11 @@ M = TypeVar("M", bound=Hashable)
 _RDONLY = int(Attr.RDONLY)
 
 Call = Literal["make_writable", "make_read_only"]
+"""What leases ask of a kernel: see `MountKernel`."""
 Stage = Literal["start", "end"]
+"""Before anything was changed, or when all was and nobody knows yet."""
 Hook = Callable[[Call, Stage, Sequence[M]], Awaitable[None]]
+"""What a `FakeKernel` awaits; it may wait, raise and be cancelled."""
 
 
 class FakeKernel(Generic[M]):
@@ -55,6 +58,7 @@ class FakeKernel(Generic[M]):
         self._failures[call, mount].append(error)
 
     def is_writable(self, mount: M) -> bool:
+        """Whether it is now. KeyError: there is no such mount."""
         return not self.flags[mount] & _RDONLY
 
     @property
@@ -63,6 +67,7 @@ class FakeKernel(Generic[M]):
         return {mount for mount, flags in self.flags.items() if flags != self._found[mount]}
 
     async def make_writable(self, mounts: Sequence[M], /) -> list[bool | Exception]:
+        """As `MountKernel.make_writable`; cancelled at its end, it has changed them."""
         await self._enter("make_writable", mounts)
         answer: list[bool | Exception] = []
         for mount in mounts:
@@ -83,6 +88,7 @@ class FakeKernel(Generic[M]):
         return answer
 
     async def make_read_only(self, mounts: Sequence[M], /) -> list[Exception | None]:
+        """As `MountKernel.make_read_only`; cancelled at its end, it has changed them."""
         await self._enter("make_read_only", mounts)
         answer: list[Exception | None] = []
         for mount in mounts:

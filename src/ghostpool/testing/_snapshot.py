@@ -21,8 +21,11 @@ class Entry(NamedTuple):
     owner: tuple[int, int]
     """User and group."""
     inode: int
+    """Its number, unique within its file system."""
     links: int
+    """How many names it has."""
     rdev: int
+    """Device number of a device, as os.makedev gives it."""
     size: int
     """In bytes."""
     times: tuple[int, int]
