@@ -4,21 +4,27 @@ An example is a fenced block of Python. It runs as a program of its own, in a di
 test prepares (image directories, say). One whose first line is a comment with the name of a file,
 `# agent.py`, is that file, so that later ones can import it. A block of `text` right after it is
 what it prints; a line of "…" there stands for any lines, and "…" in a line for any characters.
+
+A block of `sh` is what the reader types. One whose first line is a comment that begins with "# in a
+second terminal" goes on in the background.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 DOCS = Path(__file__).parents[2] / "docs"
 RUN_S = 60
 _FENCE = re.compile(
-    r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?",
+    r"^```(?P<language>python|sh)\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?",
     re.DOTALL | re.MULTILINE,
 )
 _FILE = re.compile(r"# ([\w.-]+\.py)\n")
@@ -26,7 +32,7 @@ _ANY_LINES = "…\n"
 
 
 class Example(NamedTuple):
-    """One block of Python."""
+    """One block of Python, or of what is typed."""
 
     page: str
     line: int
@@ -39,12 +45,13 @@ class Example(NamedTuple):
         return f"{self.page}:{self.line}"
 
 
-def examples(page: str) -> list[Example]:
+def examples(page: str, language: Literal["python", "sh"] = "python") -> list[Example]:
     """The blocks of a page of docs/, in their order."""
     text = (DOCS / page).read_text(encoding="utf-8")
     return [
         Example(page, text.count("\n", 0, match.start()) + 2, match["code"], match["output"])
         for match in _FENCE.finditer(text)
+        if match["language"] == language
     ]
 
 
@@ -73,6 +80,64 @@ def run_example(example: Example, directory: Path, replace: Mapping[str, str] | 
     if example.output is not None:
         assert matches(example.output, done.stdout), f"{example} printed:\n{done.stdout}"
     return done.stdout
+
+
+def write_example(example: Example, directory: Path) -> None:
+    """Save it under its name."""
+    match = _FILE.match(example.code)
+    assert match, f"{example} has no name"
+    (directory / match[1]).write_text(example.code, encoding="utf-8")
+
+
+def type_example(example: Example, directory: Path) -> None:
+    """Run what the reader types, in `directory`; it prints, to the terminal, what the page says.
+
+    It is over when nobody has that terminal any more.
+    """
+    done = subprocess.run(
+        ["sh", "-ec", example.code],
+        cwd=directory,
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=RUN_S,
+        check=False,
+    )
+    assert done.returncode == 0, f"{example}: {done.stdout}"
+    if example.output is not None:
+        assert matches(example.output, done.stdout), f"{example} printed:\n{done.stdout}"
+
+
+@contextmanager
+def second_terminal(example: Example, directory: Path) -> Iterator[None]:
+    """The block begins when it has printed what the page says, and ends it by Ctrl-C, silently."""
+    assert example.output is not None
+    with subprocess.Popen(
+        ["sh", "-ec", f"exec {example.code.splitlines()[-1]}"],
+        cwd=directory,
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            said = "".join(process.stdout.readline() for _ in example.output.splitlines())
+            assert matches(example.output, said), f"{example} printed:\n{said}"
+            yield
+        finally:
+            process.send_signal(signal.SIGINT)
+        said = process.stdout.read()
+        assert not said, f"{example} printed at its end:\n{said}"
+
+
+def _environment() -> dict[str, str]:
+    """That of an activated virtual environment, where a warning is an error."""
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONWARNINGS": "error"}
 
 
 def matches(pattern: str, text: str) -> bool:
