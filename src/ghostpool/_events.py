@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
@@ -181,7 +182,7 @@ class Events:
             self._readers.remove(reader)
 
     def close(self) -> None:
-        """The run is over."""
+        """The run is over: who has room hears of what was lost, and all that nothing comes."""
         for reader in self._readers:
             reader.close()
         self._readers.clear()
@@ -210,8 +211,14 @@ class _Reader:
 
     def close(self) -> None:
         close: Callable[[], object] | None = getattr(self._sink, "close", None)
-        if close is not None:
-            close()
+        try:
+            if self._lost:
+                with suppress(anyio.WouldBlock, anyio.BrokenResourceError):
+                    self._sink.send_nowait(Lost(events=self._lost))
+            if close is not None:
+                close()
+        except Exception:  # as above
+            log.exception("a reader of events failed at the end")
 
 
 NOBODY = Events()
