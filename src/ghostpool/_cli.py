@@ -177,6 +177,13 @@ def cli() -> None:
 @click.option("--report", "report_path", metavar="FILE", help="Write a JSON report; - is stdout.")
 @click.option("--json", "as_json", is_flag=True, help="Short for --report -.")
 @click.option(
+    "--events",
+    "events_path",
+    metavar="FILE",
+    help="Write what happens, as it happens, one JSON document a line; - is stdout.",
+)
+@click.option("--progress", is_flag=True, help="Show a progress bar on stderr.")
+@click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     metavar="S",
@@ -221,6 +228,11 @@ def restore(**options: Any) -> None:
         raise click.UsageError("stdout belongs to the command: write the report to a file")
     if options["as_json"] and options["report_path"] not in (None, "-"):
         raise click.UsageError("--json and --report FILE exclude each other")
+    events_path = options["events_path"]
+    if events_path == "-" and cmd:
+        raise click.UsageError("stdout belongs to the command: write the events to a file")
+    if events_path is not None and events_path == report_path:
+        raise click.UsageError("report and events can not go to the same file")
 
     # Out of the way before anything is started that could inherit them.
     passed = passed_descriptors()
@@ -251,7 +263,19 @@ def restore(**options: Any) -> None:
                 deliver = _deliver.discard
             else:
                 request = replace(request, consumers="sockets")
-                deliver = serving(options["serve"], passed, stack, err=report_path == "-")
+                taken = "-" in (report_path, events_path)
+                deliver = serving(options["serve"], passed, stack, err=taken)
+            followers: list[Any] = []
+            if events_path is not None:
+                from ghostpool._eventfile import EventFile
+
+                followers.append(stack.enter_context(EventFile(events_path)))
+            if options["progress"]:
+                from ghostpool._progress import Bar
+
+                followers.append(bar := stack.enter_context(Bar()))
+                deliver = bar.before(deliver)
+            request = replace(request, events=followers)
         except PlanError as error:
             report.status, report.error = EXIT_REFUSED, error
             finish(report, report_path)
@@ -456,7 +480,7 @@ def demo(unpack: str | None) -> None:
             jobs=JOBS,
             policy=policy,
             run_dir=show.run_dir,
-            events=(show,),
+            events=(show.bar,),
         )
         launched = launch()
 

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import Progress
 
 from ghostpool import _linux
 from ghostpool._errors import VerificationError
-from ghostpool._events import Event, FileOpened, GhostCreated
 from ghostpool._mountinfo import option_names
 from ghostpool._paths import text
+from ghostpool._progress import Bar
 from ghostpool._restored import Restored
 from ghostpool._run import Prepared
 from ghostpool._show import table
@@ -80,30 +79,20 @@ class Demo:
         self.run_dir = os.path.join(self._directory.name, "run")
         expected = Path(self._directory.name, "expected.json").read_text(encoding="utf-8")
         self._expected: list[dict[str, Any]] = json.loads(expected)
-        self._bar = Progress(console=console)
-        self._total = 0
+        self.bar = Bar(console)
         self.checks = 0
 
     def __enter__(self) -> Self:
+        self.bar.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
+        self.bar.stop()
         self._directory.cleanup()
-
-    def send_nowait(self, event: Event) -> None:
-        """Advance the bar."""
-        if not self._bar.tasks:
-            self._bar.add_task("restoring", total=2 * len(self._expected) - 4)
-            self._bar.start()
-        if isinstance(event, (GhostCreated, FileOpened)):
-            self._bar.advance(self._bar.tasks[0].id)
 
     async def deliver(self, run: Prepared, restored: Restored) -> None:
         """Compare everything, and show the mounts."""
-        if self._bar.tasks:
-            self._bar.update(self._bar.tasks[0].id, completed=2 * len(self._expected) - 4)
-        self._bar.stop()
+        self.bar.stop()
         tasks = {planned.task.pid: restored.of_task(planned) for planned in run.plan.tasks}
         for row in self._expected:
             self._compare(row, tasks[row["task"]][row["fd"]])
