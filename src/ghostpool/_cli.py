@@ -497,6 +497,7 @@ def main() -> NoReturn:
     """Entry point of the console script."""
     note_only()
     status = exit_status_of_cli()
+    flush_spans()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -504,6 +505,14 @@ def main() -> NoReturn:
             status = status or EXIT_FAILED
     # Not sys.exit: a Ctrl-C during the interpreter's end would make Python end by that signal.
     os._exit(status)
+
+
+def flush_spans() -> None:
+    """What traces this process would do so when the interpreter ends, which it does not."""
+    if "ghostpool._tracing" in sys.modules:
+        from ghostpool import _tracing
+
+        _tracing.flush()
 
 
 def exit_status_of_cli() -> int:

@@ -17,12 +17,12 @@ from contextlib import (
     asynccontextmanager,
     contextmanager,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import anyio
 
-from ghostpool import _buildspec, _linux, _needs
+from ghostpool import _buildspec, _linux, _needs, _tracing
 from ghostpool._errors import PlanError, SandboxError, reportable
 from ghostpool._events import Events, EventSink, Failed, Planned
 from ghostpool._guard import Guard
@@ -326,12 +326,13 @@ Delivery = Callable[[Prepared, Restored], Awaitable[None]]
 def prepared_to_restore(
     request: Request, launched: Launched, report: Report
 ) -> AbstractAsyncContextManager[Prepared]:
-    """As `prepared`; but what runs that died still owe is undone first."""
+    """As `prepared`; but what runs that died still owe is undone first, and all of it is traced."""
 
     async def tidy(server: ForkServer) -> None:
         await undo_leftovers(server, request.run_dir)
 
-    return prepared(request, launched, report, before=tidy)
+    traced = replace(request, events=(*request.events, *_tracing.spans()))
+    return prepared(traced, launched, report, before=tidy)
 
 
 async def run_restore(

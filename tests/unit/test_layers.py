@@ -48,7 +48,7 @@ LAYERS = [
     "_filetable _ghostfile",
     "_imagemounts",
     "_channel _imagefile _launch _stall",
-    "_eventfile _imagesource _listenfds _progress _schema",
+    "_eventfile _imagesource _listenfds _progress _schema _tracing",
     "_apart _events _limits _model _mounttable _paths _rlimit",
     "_forkserver",
     "_build _command _guardian",
