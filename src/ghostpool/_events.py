@@ -135,7 +135,8 @@ class Cleaned(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed(Event):
-    """The run has failed, or was cancelled; what it had done is undone by now."""
+    """The run has failed, or was cancelled; what it had done is undone by now. Also sent when
+    everything was restored, but what the caller does with it failed."""
 
     kind = "failed"
     error: str
