@@ -94,6 +94,12 @@ class TaskBarrier:
             self._waiting.discard(party)
         self.check()
 
+    async def wait_passed(self) -> None:
+        """Wait for the others without being a party. BarrierBroken if one of them failed."""
+        if not self.passed:
+            await self._over.wait()
+        self.check()
+
     def check(self) -> None:
         """Raise BarrierBroken, chained to the cause, if the barrier is broken."""
         if self._cause is not None:
