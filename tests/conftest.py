@@ -121,6 +121,22 @@ def _lacks_systemd() -> str | None:
 
 
 @cache
+def _lacks_cc() -> str | None:
+    if shutil.which("cc") is None:
+        return "the command cc, a C compiler"
+    program = "#include <stdio.h>\nint main(void) { return 0; }\n"
+    done = subprocess.run(
+        ["cc", "-x", "c", "-o", "/dev/null", "-"],
+        input=program,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return f"a C compiler that works ({done.stderr.strip()})" if done.returncode else None
+
+
+@cache
 def _lacks_userns() -> str | None:
     problem = _run_probe(_PROBE_USERNS)
     return problem and f"user namespaces for ordinary users ({problem})"
@@ -145,6 +161,7 @@ _CAPABILITIES: dict[str, tuple[Callable[[], str | None], str]] = {
     "needs_systemd": (_lacks_systemd, "systemd's commands and libsystemd; it need not run"),
     "needs_crun": (partial(_lacks_runtime, "crun"), "crun and busybox, to run a container"),
     "needs_runc": (partial(_lacks_runtime, "runc"), "runc and busybox, to run a container"),
+    "needs_cc": (_lacks_cc, "a C compiler"),
     "needs_userns": (_lacks_userns, "user namespaces for ordinary users"),
 }
 

@@ -32,16 +32,17 @@ TOX = "tox>=4.30"
 STATIC = ["lint", "typing", "docs", "wheel"]
 BESIDE = "long"
 
-# Command that a test needs -> the Debian package it is in.
+# Command that a test needs -> the Debian packages that make it work.
 TOOLS = {
-    "strace": "strace",
-    "mkfs.ext4": "e2fsprogs",
-    "mount": "mount",
-    "unshare": "util-linux",
-    "systemd-socket-activate": "systemd",
-    "crun": "crun",
-    "runc": "runc",
-    "busybox": "busybox-static",
+    "strace": ["strace"],
+    "mkfs.ext4": ["e2fsprogs"],
+    "mount": ["mount"],
+    "unshare": ["util-linux"],
+    "cc": ["gcc", "libc6-dev"],
+    "systemd-socket-activate": ["systemd"],
+    "crun": ["crun"],
+    "runc": ["runc"],
+    "busybox": ["busybox-static"],
 }
 
 NAME = re.compile(r"python3(\.\d+)?")
@@ -107,7 +108,8 @@ def interpreters() -> dict[tuple[int, int], str]:
 def install_system_packages() -> None:
     """Install the packages of TOOLS that are missing, or say why that can not be done."""
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    wanted = sorted({pkg for tool, pkg in TOOLS.items() if not shutil.which(tool, path=path)})
+    missing = [pkgs for tool, pkgs in TOOLS.items() if not shutil.which(tool, path=path)]
+    wanted = sorted({pkg for pkgs in missing for pkg in pkgs})
     if not wanted:
         return
     apt_install(wanted)

@@ -167,7 +167,7 @@ async def _send(connection: socket.socket, message: object, fds: list[int] | Non
 async def _abort(connection: socket.socket, reason: str) -> None:
     try:
         with anyio.fail_after(ANSWER_S):
-            await _send(connection, {"type": "abort", "reason": reason})
+            await _send(connection, {"type": "abort", "reason": reason, "refused": True})
     except OSError:
         pass
 
