@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ghostpool._errors import (
         BarrierBroken,
         CommandError,
+        ConsumerLost,
         GhostpoolError,
         HostNamespace,
         ImageError,
@@ -98,6 +99,7 @@ __all__ = [
     "BarrierBroken",
     "Cleaned",
     "CommandError",
+    "ConsumerLost",
     "Descriptor",
     "Entered",
     "Event",
@@ -184,6 +186,7 @@ _HOME_OF = {
     "BarrierBroken": "_errors",
     "Cleaned": "_events",
     "CommandError": "_errors",
+    "ConsumerLost": "_errors",
     "Descriptor": "_model",
     "Entered": "_events",
     "Event": "_events",

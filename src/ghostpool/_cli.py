@@ -96,7 +96,8 @@ def run_story(
         report.restored = report.kept
     except TimedOut:
         report.status = EXIT_FAILED
-        report.error = RestoreError(f"not done within {timeout:g} s; {_after(report)}")
+        waiting = f"{report.missing}; " if report.missing else ""
+        report.error = RestoreError(f"not done within {timeout:g} s; {waiting}{_after(report)}")
     except Exception as error:
         report.status = exit_status(error)
         report.error = error
@@ -104,8 +105,6 @@ def run_story(
 
 
 def _after(report: Any) -> str:
-    if report.delivered:
-        return f"mounts and names are as before, but {report.delivered} tasks were fetched"
     return "all files were restored and are kept" if report.kept else "everything was undone"
 
 
@@ -165,7 +164,7 @@ def cli() -> None:
 @click.option("--keep", is_flag=True, help="Leave the files linked at their old names.")
 @click.option("--discard", is_flag=True, help="Close everything after the verification.")
 @click.option(
-    "--serve", metavar="PATH", help="Socket to serve descriptors on.  [default: in the run dir]"
+    "--serve", metavar="PATH", help="Socket to serve the tasks on.  [default: in the run dir]"
 )
 @click.option(
     "--cap-add",
@@ -205,7 +204,7 @@ def restore(**options: Any) -> None:
     """Restore ghost files and start CMD for each task, holding the task's descriptors.
 
     Without -t and --ns the mount namespaces are rebuilt from the images. Without CMD, --keep and
-    --discard the descriptors are served on a socket, for ghostpool fetch.
+    --discard the tasks are brought up by consumers on a socket, as ghostpool fetch is one.
     """
     from ghostpool._launch import launch
 
@@ -244,8 +243,10 @@ def restore(**options: Any) -> None:
     launched = launch()
     reading = begin_reading(options)
     from dataclasses import replace
+    from functools import partial
 
     from ghostpool import _deliver, _run
+    from ghostpool._listener import Listener
     from ghostpool._report import Report
 
     report = Report(strategy=options["strategy"])
@@ -254,17 +255,18 @@ def restore(**options: Any) -> None:
             set_up_logging(options["verbose"], options["log_file"])
             check_report_path(report_path)
             request = make_request(options, reading, keep=options["keep"])
+            deliver = _deliver.discard
+            listener = bar = None
             if cmd:
                 request = replace(request, consumers="commands")
                 capabilities = reduce(or_, options["cap_add"], 0)
                 deliver = _deliver.commands(cmd, capabilities, listen_fds=options["listen_fds"])
             elif options["keep"] or options["discard"]:
                 request = replace(request, consumers="nobody")
-                deliver = _deliver.discard
             else:
                 request = replace(request, consumers="sockets")
-                taken = "-" in (report_path, events_path)
-                deliver = serving(options["serve"], passed, stack, err=taken)
+                listener = Listener.inherited(passed) if passed else Listener(options["serve"])
+                stack.callback(listener.close)
             followers: list[Any] = []
             if events_path is not None:
                 from ghostpool._eventfile import EventFile
@@ -280,9 +282,15 @@ def restore(**options: Any) -> None:
             report.status, report.error = EXIT_REFUSED, error
             finish(report, report_path)
 
-        async def story() -> None:
-            await _run.run_restore(request, launched, report, deliver)
+        def announce(line: str) -> None:
+            if bar is not None:
+                bar.stop()
+            click.echo(line, err="-" in (report_path, events_path))
 
+        if listener is not None:
+            story = partial(_run.run_served, request, launched, report, listener, announce)
+        else:
+            story = partial(_run.run_restore, request, launched, report, deliver)
         run_story(story, report, options["timeout"])
     finish(report, report_path)
 
@@ -295,16 +303,6 @@ def passed_descriptors() -> list[int]:
         return _listenfds.take(os.environ)
     except PlanError as error:
         raise click.UsageError(str(error)) from error
-
-
-def serving(path: str | None, passed: list[int], stack: ExitStack, err: bool) -> Any:
-    """The delivery that serves; its socket, passed or bound now, goes with `stack`."""
-    from ghostpool._listener import Listener
-    from ghostpool._serve import serve
-
-    listener = Listener.inherited(passed) if passed else Listener(path)
-    stack.callback(listener.close)
-    return serve(listener, lambda line: click.echo(line, err=err))
 
 
 @cli.command()

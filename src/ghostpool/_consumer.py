@@ -18,7 +18,6 @@ from typing import Any
 
 import anyio
 
-from ghostpool._identity import has_ended
 from ghostpool._protocol import FLIGHT_STEP_S, rights
 
 MAX_MESSAGE = 4096
@@ -54,11 +53,6 @@ class Consumer:
 
     def __repr__(self) -> str:
         return f"<Consumer, process {self.pid} of user {self.uid}>"
-
-    @property
-    def ended(self) -> bool:
-        """Whether the process that connected has ended."""
-        return has_ended(self._pidfd)
 
     async def wait_ended(self) -> None:
         """Wait for the end of the process that connected."""

@@ -132,6 +132,24 @@ class BarrierBroken(RestoreError):
     """Another task failed or was cancelled before all tasks had arrived."""
 
 
+class ConsumerLost(RestoreError):
+    """A consumer on the task socket was gone, or broke the protocol, before all had arrived.
+
+    `task` is the pid in the images, `process` that of the consumer, `what` says what it did.
+    """
+
+    def __init__(self, task: int, process: int, what: str) -> None:
+        self.task = task
+        self.process = process
+        self.what = what
+        super().__init__(
+            f"the consumer of task {task} (process {process}) {what} before all tasks had arrived"
+        )
+
+    def __reduce__(self) -> tuple[type[ConsumerLost], tuple[int, int, str]]:
+        return ConsumerLost, (self.task, self.process, self.what)
+
+
 class CommandError(RestoreError):
     """A command could not be started in a task's mount namespace."""
 
@@ -202,6 +220,7 @@ def first_cause(error: BaseException) -> BaseException:
 __all__ = [
     "BarrierBroken",
     "CommandError",
+    "ConsumerLost",
     "GhostpoolError",
     "HostNamespace",
     "ImageError",

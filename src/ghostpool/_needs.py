@@ -13,12 +13,14 @@ from typing import Literal
 from ghostpool._errors import PlanError
 
 Consumers = Literal["commands", "sockets", "nobody"]
-"""Who takes the restored files over: a child per task, a connection per task, or nobody."""
+"""Who takes the files over: a child per task, a connection per task, or nobody."""
 
 # Standard streams, sockets and event loop, images, and what is open for a moment.
 _COORDINATOR = 40
 _CHILD = 24
 _BUILDER = 40
+STRANGERS = 64
+"""Most connections that are kept without a hello."""
 _OF_COMMAND = 8
 """A command's status socket, namespace, standard streams, and copies of some of them."""
 _CACHED_DIRECTORIES = 128
@@ -68,10 +70,13 @@ def needs(counts: Counts, jobs: int, consumers: Consumers | None) -> dict[str, i
     worked_on = counts.namespaces + 2 * counts.mounts
     held = counts.opens if counts.held else 0
     delivery = _COORDINATOR + counts.namespaces + held
-    if consumers in ("commands", "sockets"):
+    if consumers == "commands":
         delivery += counts.tasks
     # Socket and pidfd of each worker, and of the guardian.
     restore = _COORDINATOR + worked_on + held + 2 * (workers + 1)
+    if consumers == "sockets":
+        # The same of each consumer, and of those who have not said which task is theirs.
+        restore += 2 * (counts.tasks + STRANGERS)
     found = {
         "the coordinator": max(restore, delivery),
         "a worker": _CHILD

@@ -7,13 +7,17 @@ Signals, time limits and cancellation are the program's own.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from types import MappingProxyType
 from typing import Unpack
 
+import anyio
+from anyio.abc import TaskStatus
+
 from ghostpool._launch import launch
 from ghostpool._lease_table import LeaseStatistics
+from ghostpool._listener import Listener
 from ghostpool._planned import Plan, PlannedTask
 from ghostpool._report import Report
 from ghostpool._request import Options, request_of
@@ -61,6 +65,36 @@ class GhostPool:
         RuntimeError for a pid that the images do not have, and for a second time.
         """
         return self._restoration.task(pid)
+
+    async def serve(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        tasks: Iterable[int] | None = None,
+        task_status: TaskStatus[str] = anyio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Have processes in any language bring up `tasks` (pids; None: all) on a UNIX socket.
+
+            await group.start(functools.partial(pool.serve, "/run/agent/tasks", tasks=[7, 9]))
+
+        A consumer is one of the pool's tasks from its hello on, as if its block had been entered
+        here; the protocol is in docs/task-socket.md. Tasks without a ghost arrive by themselves.
+        `path`: where the socket is to be, in a directory where others can not replace it; None: in
+        the run directory, by a random name. That it listens, and where, is what `start` of a task
+        group gives. This returns when all tasks, not only these, have arrived; the consumers are
+        released by `finish`, and told at the end of the pool's block if everything was undone.
+
+        PlanError if the socket can not be made. ConsumerLost, in a group, if a consumer was gone
+        before that, BarrierBroken, in a group, if another task failed: either way the barrier is
+        broken. So it is if this is cancelled. RuntimeError for a pid that the images do not have.
+        """
+        listener = Listener(None if path is None else os.fspath(path))
+        try:
+            await self._session.serve(
+                listener, tasks, started=lambda server: task_status.started(server.path)
+            )
+        finally:
+            listener.close()
 
     async def finish(self) -> Report:
         """Wait until all tasks have left their blocks, and conclude; what was done.

@@ -46,8 +46,8 @@ class Report:
     """The plan was without refusals, so every clone that it asks for had been made."""
     restored: bool = False
     """Every ghost was restored and every mount put back, whatever a command said later."""
-    delivered: int = 0
-    """Tasks whose descriptors a consumer has taken over."""
+    missing: str = ""
+    """Served tasks that have not arrived, and what of each of them was waited for; for people."""
     kept: bool = False
     """The names stay, whatever interrupts the run from now on."""
 

@@ -10,7 +10,15 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -23,12 +31,13 @@ from typing import TYPE_CHECKING
 import anyio
 
 from ghostpool import _buildspec, _linux, _needs, _tracing
-from ghostpool._errors import PlanError, SandboxError, reportable
+from ghostpool._errors import PlanError, SandboxError, first_cause, reportable
 from ghostpool._events import Events, EventSink, Failed, Planned
 from ghostpool._guard import Guard
 from ghostpool._launch import Launched
 from ghostpool._leftovers import undo_leftovers
 from ghostpool._limits import Limits
+from ghostpool._listener import Listener
 from ghostpool._memory import MemoryBound
 from ghostpool._model import Images, MountHandle, NsId
 from ghostpool._needs import Consumers
@@ -43,6 +52,7 @@ from ghostpool._restored import Restored
 from ghostpool._rlimit import all_descriptors
 from ghostpool._rundir import open_run_directory
 from ghostpool._sandbox import specs_from_images
+from ghostpool._serve import TaskServer
 from ghostpool._stall import STALL_S
 from ghostpool._startreader import Reading, start_reading
 from ghostpool._survey import Survey
@@ -105,7 +115,8 @@ class Prepared:
     @asynccontextmanager
     async def restoring(self, *, alone: bool = False) -> AsyncIterator[Session]:
         """The ghosts are there: bring the tasks up inside the block. See `Restoration.running`."""
-        async with AsyncExitStack() as stack:
+        servers: list[TaskServer] = []
+        async with _told_the_end(servers), AsyncExitStack() as stack:
             directory = open_run_directory(self.request.run_dir)
             stack.callback(os.close, directory)
             guard = await stack.enter_async_context(
@@ -130,7 +141,7 @@ class Prepared:
             )
             try:
                 async with restoration.running(alone=alone):
-                    yield Session(self, restoration, stack)
+                    yield Session(self, restoration, stack, servers)
             finally:
                 self.report.usage = restoration.restored.usage
                 self.report.left += restoration.restored.left
@@ -153,10 +164,36 @@ class Prepared:
 class Session:
     """A restore whose ghosts are there and whose tasks are to be brought up."""
 
-    def __init__(self, run: Prepared, restoration: Restoration, stack: AsyncExitStack) -> None:
+    def __init__(
+        self,
+        run: Prepared,
+        restoration: Restoration,
+        stack: AsyncExitStack,
+        servers: list[TaskServer],
+    ) -> None:
         self.run = run
         self.restoration = restoration
         self._stack = stack
+        self._servers = servers
+
+    async def serve(
+        self,
+        listener: Listener,
+        tasks: Iterable[int] | None = None,
+        started: Callable[[TaskServer], object] = lambda server: None,
+    ) -> None:
+        """Have consumers bring up these tasks, or all of them. See `TaskServer.run`.
+
+        `started` is called when they can connect. What becomes of the restore they are told by
+        `finish`, or at the end of the block of `Prepared.restoring`.
+        """
+        server = TaskServer(self.restoration, self.restoration.barrier, listener, tasks)
+        self._servers.append(server)
+        started(server)
+        try:
+            await server.run()
+        finally:
+            self.run.report.missing = server.why_missing()
 
     async def finish(self) -> None:
         """See `Restoration.finish`; guardian, journal and workers are gone too then."""
@@ -169,7 +206,24 @@ class Session:
         report.restored = True
         report.kept = self.run.request.policy.keep
         report.usage = restored.usage
+        for server in self._servers:
+            server.released()
         log.info("restored: %d open files", len(restored.fds))
+
+
+@asynccontextmanager
+async def _told_the_end(servers: list[TaskServer]) -> AsyncIterator[None]:
+    """Consumers that were not released in the block are told why: nothing is left to be undone."""
+    try:
+        yield
+    except BaseException as error:
+        cause = first_cause(error)
+        for server in servers:
+            if isinstance(cause, Exception):
+                server.aborted(str(cause))
+            else:
+                server.aborted("; ".join(filter(None, ["cancelled", server.why_missing()])))
+        raise
 
 
 @asynccontextmanager
@@ -351,6 +405,28 @@ async def run_restore(
         run.restored() as restored,
     ):
         await deliver(run, restored)
+
+
+async def run_served(
+    request: Request,
+    launched: Launched,
+    report: Report,
+    listener: Listener,
+    announce: Callable[[str], object],
+) -> None:
+    """Restore with the tasks brought up by consumers on the socket.
+
+    `announce` is called with a line that names the socket, when they can connect.
+    """
+    async with (
+        prepared_to_restore(request, launched, report) as run,
+        run.restoring(alone=True) as session,
+    ):
+        await session.serve(
+            listener,
+            started=lambda server: announce(f"serving {server.awaited} tasks on {server.path}"),
+        )
+        await session.finish()
 
 
 async def run_recover(launched: Launched, directory: int, dry_run: bool) -> list[RecoveredRun]:

@@ -1,81 +1,184 @@
-"""Serving descriptors on a UNIX socket, for consumers that fetch them when they are ready.
+"""The task socket: consumers in any language take part in the task barrier of a pool.
 
-SOCK_SEQPACKET, one JSON object a message, descriptors by SCM_RIGHTS:
+SOCK_SEQPACKET, one JSON object a message, descriptors by SCM_RIGHTS; docs/task-socket.md has all
+of it:
 
     consumer  {"type": "hello", "version": 1, "task": PID}
-    server    {"type": "files", "files": [{"fd", "flags", "close_on_exec"}, …], "more": bool}
+    server    {"type": "files", "files": [{"fd", "flags", "offset", "close_on_exec"}, …], "more"}
               with one descriptor for each file; as often as it takes
     consumer  {"type": "ready"}
-    server    {"type": "released"}          or, at any time, {"type": "abort", "reason": TEXT}
+    server    {"type": "released"}
+    either    {"type": "abort", "reason": TEXT}, which is the end
 
-One task's descriptors go to one consumer once: they are let go when it has said "ready". One that
-takes them and never says so leaves its task owed, to be fetched again: it may be dead.
-Who may connect is decided by the user of the other end, as the kernel noted it at its connect,
-never by its pid.
+A consumer is one of the pool's tasks from its hello on: that enters the task's block, its ready
+leaves it, and whatever ends it in between breaks the barrier, as an exception in the block would.
+How it is told the end (released, abort) is the pool's affair, which knows it last.
 """
 
 from __future__ import annotations
 
-import json
+import enum
 import logging
 import os
-import socket
-import struct
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any
+import stat
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
 
 import anyio
+import anyio.abc
+import anyio.lowlevel
 
+from ghostpool._barrier import TaskBarrier
+from ghostpool._consumer import Consumer, ConsumerLeft, abort, shortened
+from ghostpool._errors import BarrierBroken, ConsumerLost
 from ghostpool._listener import Listener
-from ghostpool._planned import PlannedTask
-from ghostpool._protocol import MAX_FDS, rights
-from ghostpool._restored import Restored
-from ghostpool._run import Delivery, Prepared
+from ghostpool._model import Descriptor
+from ghostpool._needs import STRANGERS
+from ghostpool._planned import Opening, Plan, PlannedTask
+from ghostpool._protocol import MAX_FDS
 
 log = logging.getLogger("ghostpool")
 VERSION = 1
-ANSWER_S = 30.0
-"""Seconds that a consumer may take for each of its messages."""
+HELLO_S = 30.0
+"""Seconds that a connection may take for its hello."""
 _AGAIN_S = 0.1
-_UCRED = struct.Struct("3i")
+_NAMED = 10
+"""Tasks that a message names before it counts the rest."""
+
+
+class PooledTask(Protocol):
+    """What the block of a task gives."""
+
+    async def open_files(self) -> Mapping[int, int]: ...
+
+
+class Pool(Protocol):
+    """As much of a `GhostPool` as is needed to serve its tasks."""
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def tasks(self) -> Mapping[int, PlannedTask]: ...
+    def task(self, pid: int) -> AbstractAsyncContextManager[PooledTask]: ...
 
 
 class Refused(Exception):
-    """A consumer is sent away, with this reason."""
+    """A hello that breaks nothing, and why it is refused."""
 
 
-def serve(listener: Listener, announce: Callable[[str], None]) -> Delivery:
-    """Hold the descriptors until every task that has some has fetched them.
+class Stage(enum.Enum):
+    """How far a served task has come; the text is said of those that come no further."""
 
-    `announce` is called with a line that names the socket.
+    AWAITED = "nobody has said hello for"
+    FETCHING = "the consumer has not said ready for"
+    ARRIVED = "arrived"
+
+
+class TaskServer:
+    """Serves tasks of a pool on a listening socket.
+
+    `run` ends when the barrier is passed or broken. The consumers then wait to be told how it all
+    ended: call `released` when the mounts are back and the temporaries gone, and `aborted` when
+    everything is undone; what comes after the first of the two calls has no effect.
     """
 
-    async def deliver(run: Prepared, restored: Restored) -> None:
-        server = _Server(run, restored)
-        announce(f"serving {len(server.owed)} tasks on {listener.path}")
-        if not server.owed:
-            return
-        async with anyio.create_task_group() as group:
-            group.start_soon(server.accept, listener.socket, group)
-            await server.done.wait()
-            group.cancel_scope.cancel()
+    def __init__(
+        self,
+        pool: Pool,
+        barrier: TaskBarrier,
+        listener: Listener,
+        tasks: Iterable[int] | None = None,
+    ) -> None:
+        """`tasks`: pids in the images, all of them if None. RuntimeError for one that is not."""
+        self._pool = pool
+        self._barrier = barrier
+        self._listener = listener
+        self._openings = {p.opening.file.id: p.opening for p in pool.plan.opens}
+        self._stages = dict.fromkeys(pool.tasks if tasks is None else tasks, Stage.AWAITED)
+        unknown = self._stages.keys() - pool.tasks.keys()
+        if unknown:
+            raise RuntimeError(f"no tasks of the images: {named(unknown)}")
+        self._empty = {pid for pid in self._stages if not self._has_files(pid)}
+        self._inside = set(self._stages)
+        """Tasks that have not left their blocks."""
+        self._left = anyio.Event()
+        self._consumers: dict[int, _Fetching] = {}
+        self._strangers: dict[Consumer, anyio.CancelScope] = {}
+        self._loss: ConsumerLost | None = None
 
-    return deliver
+    def __repr__(self) -> str:
+        return (
+            f"<TaskServer on {self._listener.path}, {len(self._stages)} tasks, "
+            f"{len(self.missing())} missing, {len(self._consumers)} consumers>"
+        )
 
+    @property
+    def path(self) -> str:
+        """Where consumers connect."""
+        return self._listener.path
 
-class _Server:
-    def __init__(self, run: Prepared, restored: Restored) -> None:
-        self._restored = restored
-        self._report = run.report
-        self._tasks = {int(planned.task.pid): planned for planned in run.plan.tasks}
-        self.owed = {pid for pid, task in self._tasks.items() if restored.of_task(task)}
-        """Tasks that have not fetched yet."""
-        self._claimed: set[int] = set()
-        self.done = anyio.Event()
+    @property
+    def awaited(self) -> int:
+        """How many tasks do not arrive by themselves, since they have descriptors."""
+        return len(self._stages) - len(self._empty)
 
-    async def accept(self, listener: socket.socket, group: Any) -> None:
+    def missing(self) -> dict[int, Stage]:
+        """The served tasks that have not arrived, and how far they have come."""
+        return {pid: stage for pid, stage in self._stages.items() if stage is not Stage.ARRIVED}
+
+    def why_missing(self) -> str:
+        """The same for people; "" if none is missing."""
+        missing = self.missing()
+        lines = []
+        for stage in (Stage.AWAITED, Stage.FETCHING):
+            pids = [pid for pid, reached in missing.items() if reached is stage]
+            if pids:
+                lines.append(f"{stage.value} task{'s' * (len(pids) > 1)} {named(pids)}")
+        return "; ".join(lines)
+
+    async def run(self) -> None:
+        """Serve until the barrier is passed. The listener is closed at the end.
+
+        ConsumerLost, in a group, if a consumer broke the barrier; BarrierBroken, in a group, if
+        another task did.
+        """
+        try:
+            async with anyio.create_task_group() as group:
+                for pid in self._empty:
+                    group.start_soon(self._arrive_alone, pid)
+                group.start_soon(self._accept, group)
+                try:
+                    await self._barrier.wait_passed()
+                except BarrierBroken:
+                    if self._loss is not None and self._loss is self._barrier.cause:
+                        raise self._loss from None
+                    raise
+                if self._inside:
+                    await self._left.wait()
+                group.cancel_scope.cancel()
+        finally:
+            self._listener.close()
+
+    def released(self) -> None:
+        """Tell the consumers that everything is as it was, and close. Never waits."""
+        self._part({"type": "released"})
+
+    def aborted(self, reason: str) -> None:
+        """Tell the consumers that everything was undone, and why, and close. Never waits."""
+        self._part(abort(reason))
+
+    def _part(self, message: Mapping[str, object]) -> None:
+        for fetching in self._consumers.values():
+            fetching.consumer.part(message)
+
+    # -- who comes ------------------------------------------------------------------------------
+
+    async def _accept(self, group: anyio.abc.TaskGroup) -> None:
+        listener = self._listener.socket
         while True:
+            # Whoever floods the socket must not keep the event loop to itself.
+            await anyio.lowlevel.checkpoint()
             try:
                 connection, _ = listener.accept()
             except BlockingIOError:
@@ -86,102 +189,171 @@ class _Server:
                 log.info("a consumer could not be accepted: %s", error)
                 await anyio.sleep(_AGAIN_S)
                 continue
-            connection.setblocking(False)
-            group.start_soon(self._attend, connection)
-
-    async def _attend(self, connection: socket.socket) -> None:
-        with connection:
             try:
-                with anyio.fail_after(ANSWER_S):
-                    pid = await self._hello(connection)
-                async with self._claim(pid) as planned:
-                    with anyio.fail_after(ANSWER_S):
-                        await self._send_files(connection, planned)
-                        if (await _receive(connection)).get("type") != "ready":
-                            raise Refused("expected ready")
-                    self.owed.discard(pid)
-                    self._report.delivered += 1
-                await _send(connection, {"type": "released"})
-            except Refused as refusal:
-                await _abort(connection, str(refusal))
-            except (OSError, ValueError, RecursionError):
-                pass  # a consumer that is gone, too slow, or talks nonsense: its task stays owed
-        if not self.owed:
-            self.done.set()
+                consumer = Consumer(connection)
+            except ConsumerLeft:
+                continue
+            if consumer.uid not in (0, os.geteuid()):
+                consumer.part(abort(f"user {consumer.uid} is not served", refused=True))
+                continue
+            # The oldest goes, so that no flood of them keeps others out.
+            while len(self._strangers) >= STRANGERS:
+                oldest = next(iter(self._strangers))
+                self._strangers.pop(oldest).cancel()
+            scope = anyio.CancelScope(deadline=anyio.current_time() + HELLO_S)
+            self._strangers[consumer] = scope
+            group.start_soon(self._attend, consumer, scope)
 
-    async def _hello(self, connection: socket.socket) -> int:
-        # Read first: closing a socket with something unread in it would lose the refusal.
-        message = await _receive(connection)
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        _, uid, _ = _UCRED.unpack(credentials)
-        if uid not in (0, os.geteuid()):
-            raise Refused(f"user {uid} is not served")
-        if message.get("type") != "hello" or message.get("version") != VERSION:
-            raise Refused(f"this server speaks version {VERSION} and expects hello")
-        pid = message.get("task")
-        if not isinstance(pid, int) or pid not in self._tasks:
-            known = ", ".join(map(str, sorted(self._tasks)))
-            raise Refused(f"the images have no task {pid}; theirs: {known}")
-        return pid
-
-    @asynccontextmanager
-    async def _claim(self, pid: int) -> AsyncIterator[PlannedTask]:
-        planned = self._tasks[pid]
-        if pid in self._claimed:
-            raise Refused(f"the descriptors of task {pid} are being fetched by another consumer")
-        if pid not in self.owed and self._restored.of_task(planned):
-            raise Refused(f"the descriptors of task {pid} have been fetched already")
-        self._claimed.add(pid)
-        try:
-            yield planned
-        finally:
-            self._claimed.discard(pid)
-
-    async def _send_files(self, connection: socket.socket, planned: PlannedTask) -> None:
-        descriptors = self._restored.of_task(planned)
-        rows = [
-            {
-                "fd": descriptor.number,
-                "flags": self._restored.plan.images.files[descriptor.reg_id].flags,
-                "close_on_exec": descriptor.close_on_exec,
-            }
-            for descriptor in planned.task.descriptors
-            if descriptor.number in descriptors
-        ]
-        for start in range(0, len(rows) or 1, MAX_FDS):
-            some = rows[start : start + MAX_FDS]
-            message = {"type": "files", "files": some, "more": start + MAX_FDS < len(rows)}
-            await _send(connection, message, [descriptors[int(row["fd"])] for row in some])
-
-
-async def _send(connection: socket.socket, message: object, fds: list[int] | None = None) -> None:
-    data = json.dumps(message).encode()
-    while True:
-        try:
-            connection.sendmsg([data], rights(fds or []), socket.MSG_NOSIGNAL)
+    async def _attend(self, consumer: Consumer, scope: anyio.CancelScope) -> None:
+        fetching = await self._hello(consumer, scope)
+        if fetching is None:
             return
-        except BlockingIOError:
-            await anyio.wait_writable(connection)
+        log.debug("task %d is fetched by process %d", fetching.pid, consumer.pid)
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._listen, fetching)
+            group.start_soon(self._watch, fetching)
+            if fetching.pid in self._empty:
+                # It has arrived, or is about to, whatever this one does.
+                await self._fetch(fetching, {})
+                await anyio.sleep_forever()
+            async with self._pool.task(fetching.pid) as task:
+                await self._fetch(fetching, await task.open_files())
+                self._stages[fetching.pid] = Stage.ARRIVED
+            self._leave(fetching.pid)
+            group.cancel_scope.cancel()
 
-
-async def _abort(connection: socket.socket, reason: str) -> None:
-    try:
-        with anyio.fail_after(ANSWER_S):
-            await _send(connection, {"type": "abort", "reason": reason, "refused": True})
-    except OSError:
-        pass
-
-
-async def _receive(connection: socket.socket) -> dict[str, Any]:
-    while True:
+    async def _hello(self, consumer: Consumer, scope: anyio.CancelScope) -> _Fetching | None:
+        """The first message of `consumer`, which is gone if it is not taken in."""
+        fetching = None
+        reason = "this restore is over"
         try:
-            data = connection.recv(1 << 16)
-            break
-        except BlockingIOError:
-            await anyio.wait_readable(connection)
-    if not data:
-        raise ConnectionResetError("the consumer is gone")
-    message = json.loads(data)
-    if not isinstance(message, dict):
-        raise Refused("a message is a JSON object")
-    return message
+            with scope:
+                fetching = self._admit(consumer, await consumer.receive())
+            if fetching is None:
+                late = consumer in self._strangers
+                reason = f"no hello within {HELLO_S:g} s" if late else "too many connections"
+        except ConsumerLeft as left:
+            reason = f"expected hello, but the consumer {left}"
+        except Refused as refusal:
+            reason = str(refusal)
+        finally:
+            self._strangers.pop(consumer, None)
+            if fetching is None:
+                consumer.part(abort(reason, refused=True))
+        return fetching
+
+    def _admit(self, consumer: Consumer, message: Mapping[str, Any]) -> _Fetching:
+        version, pid = message.get("version"), message.get("task")
+        # True is 1, and 1.0 too.
+        if message.get("type") != "hello" or type(version) is not int or version != VERSION:
+            raise Refused(f"this server speaks version {VERSION} and expects hello")
+        if type(pid) is not int or pid not in self._stages:
+            raise Refused(
+                f"no task {shortened(repr(pid))[:40]} here, but {named(self._stages) or 'none'}"
+            )
+        if pid in self._consumers:
+            raise Refused(f"task {pid} has another consumer")
+        if self._barrier.broken:
+            raise Refused("this restore is being undone")
+        if pid not in self._empty:
+            self._stages[pid] = Stage.FETCHING
+        self._consumers[pid] = fetching = _Fetching(pid, consumer)
+        return fetching
+
+    # -- a consumer that was taken in -----------------------------------------------------------
+
+    def _has_files(self, pid: int) -> bool:
+        descriptors = self._pool.tasks[pid].task.descriptors
+        return any(descriptor.reg_id in self._openings for descriptor in descriptors)
+
+    async def _arrive_alone(self, pid: int) -> None:
+        async with self._pool.task(pid):
+            self._stages[pid] = Stage.ARRIVED
+        self._leave(pid)
+
+    def _leave(self, pid: int) -> None:
+        self._inside.discard(pid)
+        if not self._inside:
+            self._left.set()
+
+    async def _fetch(self, fetching: _Fetching, files: Mapping[int, int]) -> None:
+        """Send the files and wait for the ready, as long as it takes."""
+        descriptors = self._pool.tasks[fetching.pid].task.descriptors
+        rows = [descriptor for descriptor in descriptors if descriptor.number in files]
+        try:
+            for start in range(0, len(rows) or 1, MAX_FDS):
+                some = rows[start : start + MAX_FDS]
+                fds = [files[descriptor.number] for descriptor in some]
+                documents = [self._row(row, fd) for row, fd in zip(some, fds, strict=True)]
+                more = start + MAX_FDS < len(rows)
+                message = {"type": "files", "files": documents, "more": more}
+                await fetching.consumer.send(message, fds)
+                fetching.sent = not more
+                # The turn of others: this one may have many.
+                await anyio.lowlevel.checkpoint()
+        except ConsumerLeft as left:
+            self._lose(fetching, left)
+        await fetching.ready.wait()
+
+    def _row(self, descriptor: Descriptor, fd: int) -> dict[str, object]:
+        opening = self._openings[descriptor.reg_id]
+        return {
+            "fd": descriptor.number,
+            "flags": opening.file.flags,
+            "offset": _offset(opening, fd),
+            "close_on_exec": descriptor.close_on_exec,
+        }
+
+    async def _listen(self, fetching: _Fetching) -> None:
+        """Hear what comes after the hello: one ready, or the end."""
+        try:
+            while True:
+                message = await fetching.consumer.receive()
+                kind = message.get("type")
+                if kind == "abort":
+                    reason = shortened(str(message.get("reason")))
+                    raise ConsumerLeft(f"aborted ({reason})")
+                if kind != "ready" or not fetching.sent or fetching.ready.is_set():
+                    raise ConsumerLeft(f"said {shortened(repr(kind))[:40]} out of turn")
+                fetching.ready.set()
+        except ConsumerLeft as left:
+            self._lose(fetching, left)
+
+    async def _watch(self, fetching: _Fetching) -> None:
+        await fetching.consumer.wait_ended()
+        self._lose(fetching, ConsumerLeft("ended"))
+
+    def _lose(self, fetching: _Fetching, left: ConsumerLeft) -> None:
+        """Break the barrier, which ends `run`; nobody misses this consumer if it is passed."""
+        loss = ConsumerLost(fetching.pid, fetching.consumer.pid, str(left))
+        self._barrier.break_(loss)
+        if self._barrier.cause is loss:
+            self._loss = loss
+
+
+class _Fetching:
+    """A consumer that was taken in, and how far it is."""
+
+    def __init__(self, pid: int, consumer: Consumer) -> None:
+        self.pid = pid
+        self.consumer = consumer
+        self.sent = False
+        """It was sent all of its files."""
+        self.ready = anyio.Event()
+
+
+def _offset(opening: Opening, fd: int) -> int | None:
+    """Where the next read begins; None where that means nothing."""
+    mode = opening.ghost.mode
+    if opening.flags & os.O_PATH or not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        return None
+    # Not lseek(2): it would wait for whoever shares the open file and is reading just now.
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        return int(file.readline().removeprefix(b"pos:"))
+
+
+def named(pids: Iterable[int]) -> str:
+    """Some pids, for people."""
+    known = sorted(pids)
+    more = f" and {len(known) - _NAMED} more" if len(known) > _NAMED else ""
+    return ", ".join(map(str, known[:_NAMED])) + more

@@ -16,7 +16,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from tests.support.restore import (
     Seen,
     end,
     entering,
+    fetched_at_once,
     ghostpool,
     live,
     look,
@@ -365,60 +366,82 @@ def fetch(path: str, task: int, *command: object) -> subprocess.CompletedProcess
 
 
 def test_serving_each_task_once(stage: Stage, tmp_path: Path) -> None:
-    """A task goes to one consumer that said it is ready; with the last one the server ends."""
+    """Whoever has fetched becomes its command when all tasks are; with the last the server ends."""
     path = tmp_path / "socket"
     with serving(*stage.where, "--serve", path) as served:
         assert (served.tasks, served.socket) == (2, str(path))
         status = path.lstat()
         assert (stat.S_ISSOCK(status.st_mode), stat.S_IMODE(status.st_mode)) == (True, 0o600)
-        assert stage.look() == stage.before  # long since over
 
         done = fetch(served.socket, 3)
         assert (done.returncode, done.stdout) == (2, "")
-        one_line(done.stderr, "no task 3; theirs: 1, 2")
+        one_line(done.stderr, "refused: no task 3 here, but 1, 2")
 
-        # Dead before "ready": the task is still to be had.
-        assert hello(served.socket, 1)["type"] == "files"
-        done = retried(lambda: fetch(served.socket, 1, *PROBE, "--to", tmp_path))
+        probe = Probe(served.socket, 2)
+        done = fetch(served.socket, 1, *PROBE, "--to", tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         facts = json.loads((tmp_path / "1.json").read_text())
         assert {int(fd) for fd in facts["descriptors"]} == {0, 1, 2, 5, 9, HIGH}
         assert facts["content"]["0"]["sha256"] == hashlib.sha256(CONTENT["zero"]).hexdigest()
         assert facts["cloexec"] == "5"
-
-        done = fetch(served.socket, 1)
-        assert (done.returncode, done.stdout) == (2, "")
-        one_line(done.stderr, "fetched already")
-        assert served.process.poll() is None
-
-        probe = Probe(served.socket, 2)
         assert set(probe.descriptors) == {0, 1, 2, 3, 4}
         assert served.process.wait(timeout=30) == 0
         assert not path.exists()
+        assert stage.look() == stage.before
         probe.close()
+
+
+def hello(path: str, task: int) -> socket.socket:
+    """A connection of this process that has got the descriptors of a task, and closed them."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(30)
+    connection.connect(path)
+    connection.send(json.dumps({"type": "hello", "version": 1, "task": task}).encode())
+    data, fds, _, _ = socket.recv_fds(connection, 1 << 16, 253)
+    assert len(fds) == len(json.loads(data)["files"]) > 0
+    _linux.close_all(fds)
+    return connection
+
+
+def test_a_lost_consumer_ends_it_for_all(stage: Stage, tmp_path: Path) -> None:
+    """All are told which one, and why; nothing is left of it."""
+    path = str(tmp_path / "socket")
+    with serving(*stage.where, "--serve", path) as served:
+        lost = hello(path, 1)
+        done = fetch(path, 1)
+        assert (done.returncode, done.stdout) == (2, "")
+        one_line(done.stderr, "refused: task 1 has another consumer")
+        other = start([*COMMAND, "fetch", "--socket", path, "--task", 2, "--", "true"])
+        lost.send(b'{"type": "abort", "reason": "no \\"room\\" \\u001b[2J"}')
+        reason = rf"consumer of task 1 \(process {os.getpid()}\) aborted \(no \"room\" .x1b\[2J\)"
+        one_line(end(served.process), reason)
+        assert served.process.returncode == 1
+        message = json.loads(lost.recv(1 << 16))
+        assert (message["type"], message["refused"]) == ("abort", False)
+        lost.close()
+        one_line(end(other), f"(?:the restore was undone: .*{reason}|is ghostpool serving there)")
+        assert other.returncode in (1, 2)
+    assert not os.path.exists(path)
     assert stage.look() == stage.before
 
 
-def hello(path: str, task: int) -> dict[str, Any]:
-    """Be a consumer that gets the descriptors and dies."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        connection.settimeout(30)
-        connection.connect(path)
-        connection.send(json.dumps({"type": "hello", "version": 1, "task": task}).encode())
-        data, fds, _, _ = socket.recv_fds(connection, 1 << 16, 253)
-        message: dict[str, Any] = json.loads(data)
-        assert len(fds) == len(message["files"]) > 0
-        _linux.close_all(fds)
-        return message
-
-
-def retried(attempt: Callable[[], subprocess.CompletedProcess[str]]) -> Any:
-    """Until the server has noticed that the consumer before is gone."""
-    deadline = time.monotonic() + 10
-    while True:
-        done = attempt()
-        if "another consumer" not in done.stderr or time.monotonic() > deadline:
-            return done
+def test_time_limit_names_who_has_not_arrived(stage: Stage, tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    report = tmp_path / "report"
+    limits = ("--timeout", 1, "--report", report)
+    process = start([*COMMAND, "restore", *stage.where, "--serve", path, *limits])
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"serving 2 tasks on {path}\n"
+    with hello(path, 1) as connection:
+        missing = "nobody has said hello for task 2; the consumer has not said ready for task 1"
+        assert end(process) == (
+            f"ghostpool: not done within 1 s; {missing}; everything was undone\n"
+        )
+        message = json.loads(connection.recv(1 << 16))
+        assert message == {"type": "abort", "reason": f"cancelled; {missing}", "refused": False}
+    assert process.returncode == 1
+    assert json.loads(report.read_text())["restored"] is False
+    assert stage.look() == stage.before
 
 
 def test_serving_says_so_to_people_only(stage: Stage, tmp_path: Path) -> None:
@@ -461,9 +484,9 @@ def test_socket_in_the_run_directory(stage: Stage, monkeypatch: pytest.MonkeyPat
         seen = look(other.fd, "/run").files
         assert stat.S_IMODE(seen[str(directory)][0]) == 0o700
         assert seen[served.socket][0] == stat.S_IFSOCK | 0o600
-        for task in (1, 2):
-            consumer = ["fetch", "--socket", served.socket, "--task", task, "--", "true"]
-            assert ghostpool(*consumer, prefix=entering(other)).returncode == 0
+        enter = entering(other)
+        for done in fetched_at_once(served.socket, (1, 2), "--", "true", prefix=enter).values():
+            assert done.returncode == 0
         assert served.process.wait(timeout=30) == 0
         assert set(look(other.fd, "/run").files) == {"/run", "/run/ghostpool"}
 

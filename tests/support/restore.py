@@ -65,6 +65,30 @@ def end(process: subprocess.Popen[str]) -> str:
         raise
 
 
+def fetched_at_once(
+    socket: object, tasks: Iterable[int], *words: object, prefix: Sequence[str] = ()
+) -> dict[int, subprocess.CompletedProcess[str]]:
+    """Run `ghostpool fetch` for all the tasks at the same time, as they wait for each other.
+
+    `words`: further options, and "--" with the command; `prefix` is what starts it.
+    """
+    running = {}
+    done = {}
+    for task in tasks:
+        fetch = ("fetch", "--socket", socket, "--task", task, *words)
+        running[task] = start([*prefix, *COMMAND, *fetch], stdin=subprocess.DEVNULL)
+    try:
+        for task, process in running.items():
+            out, err = process.communicate(timeout=LIMIT_S)
+            done[task] = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    finally:
+        for process in running.values():
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+    return done
+
+
 class Served:
     """A restore that serves its descriptors on `socket`."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import stat
@@ -17,11 +16,12 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from ghostpool import _taskserver
+from ghostpool import _serve
 from ghostpool._consumer import MAX_MESSAGE
-from ghostpool._errors import BarrierBroken, leaves
+from ghostpool._errors import BarrierBroken, ConsumerLost, leaves
 from ghostpool._listener import Listener
-from ghostpool._taskserver import ConsumerLost, Stage, TaskServer
+from ghostpool._needs import STRANGERS
+from ghostpool._serve import Stage, TaskServer
 from ghostpool.testing._forked import fork
 from tests.support.fakepool import FLAGS, Client, FakePool, planned
 from tests.support.live import process
@@ -210,7 +210,7 @@ async def test_nothing_to_serve(scene_of: Callable[..., Scene]) -> None:
 
 
 async def test_only_some_tasks(scene_of: Callable[..., Scene]) -> None:
-    with pytest.raises(ValueError, match="no tasks of the images: 4, 5"):
+    with pytest.raises(RuntimeError, match="no tasks of the images: 4, 5"):
         scene_of(planned(1, [3]), tasks=[1, 4, 5])
 
 
@@ -276,12 +276,12 @@ async def test_flood_of_connections(scene_of: Callable[..., Scene]) -> None:
     async with anyio.create_task_group() as group:
         group.start_soon(scene.served)
         silent = []
-        for _ in range(8 * _taskserver.STRANGERS):
+        for _ in range(8 * STRANGERS):
             silent.append(scene.client())
             await anyio.lowlevel.checkpoint()
         client = scene.client()
         await client.fetch(1)
-        assert len(scene.server._strangers) <= _taskserver.STRANGERS
+        assert len(scene.server._strangers) <= STRANGERS
         answer = await silent[0].hear()
         assert (answer["reason"], answer["refused"]) == ("too many connections", True)
         client.say({"type": "ready"})
@@ -293,7 +293,7 @@ async def test_hello_has_a_time_limit(
     scene_of: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is the hello's alone: whoever has said it may take as long as it likes."""
-    monkeypatch.setattr(_taskserver, "HELLO_S", 0.05)
+    monkeypatch.setattr(_serve, "HELLO_S", 0.05)
     scene = scene_of(planned(1, [3]))
     async with anyio.create_task_group() as group:
         group.start_soon(scene.served)
@@ -502,44 +502,21 @@ async def test_killed_consumer(scene_of: Callable[..., Scene], holder: bool) -> 
     assert (await other.hear())["reason"] == "the reason"
 
 
-def connect_and_die(path: str) -> tuple[int, int]:
-    """A process connects and ends; a child of it says hello when the first descriptor is closed.
-
-    What that one is told comes out of the second.
-    """
-    go, going = os.pipe()
-    answer, answering = os.pipe()
+def say_hello_and_die(path: str) -> None:
+    """Before anybody listens to it."""
     pid = fork()
     if pid == 0:
-        client = Client(path)
-        if fork() == 0:
-            os.close(going)
-            os.read(go, 1)
-            client.hello(1)
-            client.socket.setblocking(True)
-            os.write(answering, client.socket.recv(1 << 16))
+        Client(path).hello(1)
         os._exit(0)
     os.waitpid(pid, 0)
-    os.close(go)
-    os.close(answering)
-    return going, answer
 
 
-async def test_hello_of_a_child_alone(scene_of: Callable[..., Scene]) -> None:
-    """Whoever connected is the consumer: a child that talks for a dead one is refused."""
-    scene = scene_of(planned(1, [3]))
-    async with anyio.create_task_group() as group:
-        group.start_soon(scene.served)
-        going, answer = connect_and_die(scene.server.path)
-        await until(lambda: len(scene.server._strangers) == 1)
-        os.close(going)
-        await until(lambda: bool(select.select([answer], [], [], 0)[0]))
-        assert b"the process that connected has ended" in os.read(answer, 1 << 16)
-        os.close(answer)
-        client = scene.client()
-        await client.fetch(1)
-        client.say({"type": "ready"})
-        assert await client.hear() == {"type": "released"}
+async def test_death_before_the_hello_is_heard(scene_of: Callable[..., Scene]) -> None:
+    """What it has said it has said: a task may be half begun somewhere."""
+    scene = scene_of(planned(1, [3]), planned(2, [3]))
+    say_hello_and_die(scene.server.path)
+    async with expect_loss(scene, "consumer of task 1"):
+        await until(lambda: scene.server.missing()[1] is Stage.FETCHING)
 
 
 # -- The others fail ----------------------------------------------------------------------------
