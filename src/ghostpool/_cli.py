@@ -255,7 +255,7 @@ def restore(**options: Any) -> None:
             set_up_logging(options["verbose"], options["log_file"])
             check_report_path(report_path)
             request = make_request(options, reading, keep=options["keep"])
-            deliver = _deliver.discard
+            deliver: _run.Delivery = _deliver.discard
             listener = bar = None
             if cmd:
                 request = replace(request, consumers="commands")

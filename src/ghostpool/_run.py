@@ -217,12 +217,10 @@ async def _told_the_end(servers: list[TaskServer]) -> AsyncIterator[None]:
     try:
         yield
     except BaseException as error:
-        cause = first_cause(error)
+        reasons = [str(leaf) for leaf in reportable(first_cause(error))]
         for server in servers:
-            if isinstance(cause, Exception):
-                server.aborted(str(cause))
-            else:
-                server.aborted("; ".join(filter(None, ["cancelled", server.why_missing()])))
+            cancelled = ["cancelled", server.why_missing()]
+            server.aborted("; ".join(filter(None, reasons or cancelled)))
         raise
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import re
 import resource
+import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ghostpool._needs import STRANGERS
 from ghostpool._protocol import BlockingChannel
 from ghostpool.testing._forked import in_child
 from tests.support.imagewriter import ImageSet, ghosts_on
 from tests.support.live import Live, Run, command, live, read_only, run_argv
+from tests.support.restore import end, fetched_at_once, serving
 
 pytestmark = pytest.mark.needs_mount_ns
 
@@ -71,6 +75,23 @@ def test_the_number_needed_is_enough(target: Live, tmp_path: Path, shape: str, j
     done = limited(need, *arguments)
     assert (done.status, done.err) == (0, ""), done
     assert target.snapshot().without_directory_times() == before
+
+
+def test_flood_of_connections_takes_none_that_is_needed(target: Live, tmp_path: Path) -> None:
+    """The number that is needed counts those who connect and say nothing, as many as are kept."""
+    images = many_files().write(tmp_path)
+    path = str(tmp_path / "socket")
+    arguments = ("restore", "-D", images, "-t", target.pid, "-j", 1, "--serve", path)
+    found = re.search(r"need (\d+) descriptors", limited(64, *arguments).err)
+    assert found is not None
+    prefix = ["sh", "-c", f'ulimit -n {found[1]}; exec "$@"', "sh"]
+    with serving(*arguments[1:], prefix=prefix) as served, ExitStack() as stack:
+        for _ in range(3 * STRANGERS):
+            silent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stack.enter_context(silent).connect(path)
+        (done,) = fetched_at_once(path, [1], "--", "true").values()
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (end(served.process), served.process.returncode) == ("", 0)
 
 
 def test_numbers_of_a_command_are_seen_in_the_plan(tmp_path: Path) -> None:
