@@ -22,9 +22,9 @@ class Listener:
         if path is None:
             name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
             path = os.path.join(run_directory(), name)
-        self.path = os.path.abspath(path)
+        self.path: str = os.path.abspath(path)
         _check_directory(os.path.dirname(self.path))
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket: socket.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         umask = os.umask(0o177)
         try:
             self.socket.bind(self.path)
