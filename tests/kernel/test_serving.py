@@ -39,7 +39,10 @@ def connect(path: str) -> socket.socket:
 
 def say(connection: socket.socket, message: object) -> dict[str, Any]:
     """Send a message; the answer, its descriptors closed."""
-    connection.send(json.dumps(message).encode())
+    try:
+        connection.send(json.dumps(message).encode())
+    except BrokenPipeError:
+        pass  # whoever is not served may hear so before he has spoken
     data, fds, _, _ = socket.recv_fds(connection, 1 << 16, 253)
     _linux.close_all(fds)
     answer: dict[str, Any] = json.loads(data)
