@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import socket
 import struct
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,20 @@ class Consumer:
     async def wait_ended(self) -> None:
         """Wait for the end of the process that connected."""
         await anyio.wait_readable(self._pidfd)
+
+    def left_nowait(self) -> str | None:
+        """What it did, if it takes no part any more or has said something; None: it waits."""
+        ended = select.poll()
+        ended.register(self._pidfd, select.POLLIN)
+        if ended.poll(0):
+            return "ended"
+        try:
+            said = self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return "closed the connection"
+        return "said something out of turn" if said else "closed the connection"
 
     async def receive(self) -> dict[str, Any]:
         """The next message. ConsumerLeft: it has closed, or does not keep to the protocol."""

@@ -133,7 +133,7 @@ class BarrierBroken(RestoreError):
 
 
 class ConsumerLost(RestoreError):
-    """A consumer on the task socket was gone, or broke the protocol, before all had arrived.
+    """A consumer on the task socket was gone, or broke the protocol, before it was released.
 
     `task` is the pid in the images, `process` that of the consumer, `what` says what it did.
     """
@@ -143,7 +143,7 @@ class ConsumerLost(RestoreError):
         self.process = process
         self.what = what
         super().__init__(
-            f"the consumer of task {task} (process {process}) {what} before all tasks had arrived"
+            f"the consumer of task {task} (process {process}) {what} before it was released"
         )
 
     def __reduce__(self) -> tuple[type[ConsumerLost], tuple[int, int, str]]:

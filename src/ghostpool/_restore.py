@@ -10,7 +10,7 @@ what was done, last things first, out of reach of further cancellation.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
@@ -196,12 +196,13 @@ class Restoration:
 
     # -- the end --------------------------------------------------------------------------------
 
-    async def finish(self) -> None:
+    async def finish(self, confirm: Callable[[], None] = lambda: None) -> None:
         """Wait until all tasks have left their blocks; then clean, verify, and put all back.
 
         BarrierBroken: a task failed. RuntimeError: a task was never brought up, or it is done
         already. Everything that is not undone when this raises is undone at the end of `running`,
-        but for RevertError, after which nothing is left to be done but what it says.
+        but for RevertError, after which nothing is left to be done but what it says. `confirm`
+        may raise when all is done, as the last chance to have it undone.
         """
         if self.restored.complete:
             raise RuntimeError("the restore is finished already")
@@ -217,6 +218,7 @@ class Restoration:
         if self._events:
             self._events.send(Cleaned(names=names))
         await self._verify()
+        confirm()
         # Only now are names that are to be kept no longer owed; it can not be half done.
         with anyio.move_on_after(UNDO_S, shield=True):
             await self._ledger.settle(kept=self._keep)

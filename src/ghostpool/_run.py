@@ -197,7 +197,7 @@ class Session:
 
     async def finish(self) -> None:
         """See `Restoration.finish`; guardian, journal and workers are gone too then."""
-        await self.restoration.finish()
+        await self.restoration.finish(self._check_consumers)
         # All is done: an interruption that comes only now can not undo it.
         with anyio.CancelScope(shield=True):
             await self._stack.aclose()
@@ -209,6 +209,10 @@ class Session:
         for server in self._servers:
             server.released()
         log.info("restored: %d open files", len(restored.fds))
+
+    def _check_consumers(self) -> None:
+        for server in self._servers:
+            server.check()
 
 
 @asynccontextmanager

@@ -160,6 +160,13 @@ class TaskServer:
         finally:
             self._listener.close()
 
+    def check(self) -> None:
+        """ConsumerLost for one that has left since `run` ended, while it waited to be released."""
+        for pid, fetching in self._consumers.items():
+            left = None if pid in self._empty else fetching.consumer.left_nowait()
+            if left is not None:
+                raise ConsumerLost(pid, fetching.consumer.pid, left)
+
     def released(self) -> None:
         """Tell the consumers that everything is as it was, and close. Never waits."""
         self._part({"type": "released"})

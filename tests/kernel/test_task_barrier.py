@@ -191,6 +191,43 @@ def test_all_together(scene: Scene, tmp_path: Path, name: str, backend: str) -> 
     check_nothing_left(scene, path)
 
 
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_when_all_have_arrived(
+    scene: Scene, tmp_path: Path, name: str, backend: str
+) -> None:
+    """The barrier is passed, but nobody is released yet: the pool does not finish."""
+    path = str(tmp_path / "socket")
+
+    async def story(stack: ExitStack) -> None:
+        async with limited(), scene.pool() as pool:
+            async with anyio.create_task_group() as group:
+                await group.start(partial(pool.serve, path, tasks=[1, 2]))
+                which = {1: name, 2: NAMES[NAMES.index(name) - 1]}
+                for task, which_one in which.items():
+                    started = scene.consumer(which_one, path, task)
+                    consumers.append(stack.enter_context(started))
+                async with pool.task(3):
+                    pass
+            assert scene.writable() == [[], []]
+            consumers[0].kill()
+            await anyio.to_thread.run_sync(consumers[0].wait)
+            await pool.finish()
+            pytest.fail("it finished")
+
+    consumers: list[Any] = []
+    with ExitStack() as stack:
+        with pytest.raises(BaseExceptionGroup) as caught:
+            anyio.run(story, stack, backend=backend)
+        (lost,) = leaves(caught.value)
+        assert isinstance(lost, ConsumerLost)
+        assert (lost.task, lost.process) == (1, consumers[0].pid)
+        out, err = consumers[1].communicate(timeout=LIMIT_S)
+        assert (consumers[1].returncode, out) == (1, "")
+        assert "the consumer of task 1" in err
+    check_nothing_left(scene, path)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_consumer(scene: Scene, tmp_path: Path, name: str, moment: str) -> None:
