@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import reduce
 from operator import or_
 from typing import Any, NoReturn
@@ -283,9 +283,8 @@ def restore(**options: Any) -> None:
             finish(report, report_path)
 
         def announce(line: str) -> None:
-            if bar is not None:
-                bar.stop()
-            click.echo(line, err="-" in (report_path, events_path))
+            with bar.away() if bar is not None else nullcontext():
+                click.echo(line, err="-" in (report_path, events_path))
 
         if listener is not None:
             story = partial(_run.run_served, request, launched, report, listener, announce)

@@ -6,7 +6,8 @@ event only changes numbers, so that a terminal that takes nothing (Ctrl-S) stops
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, Self
 
 from rich.console import Console
@@ -47,6 +48,18 @@ class Bar:
             self._progress.stop()
         elif self._shown:
             self._console.print(self._progress.get_renderable())
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Not on the terminal in the block, for who prints there: it comes again below that."""
+        if self._console.is_terminal and not self._over:
+            self._progress.stop()
+            try:
+                yield
+            finally:
+                self._progress.start()
+        else:
+            yield
 
     def before(self, deliver: Callable[_P, Awaitable[None]]) -> Callable[_P, Awaitable[None]]:
         """`deliver`, but the bar has stopped by then: the terminal is its own."""
