@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import anyio
 import anyio.to_thread
 
 T = TypeVar("T")
@@ -23,4 +24,5 @@ async def apart(work: Callable[[], T], pieces: int) -> T:
     """
     if pieces <= INLINE:
         return work()
-    return await anyio.to_thread.run_sync(work)
+    # Not the program's own, whose threads may all be waiting for what is done here.
+    return await anyio.to_thread.run_sync(work, limiter=anyio.CapacityLimiter(1))

@@ -59,7 +59,7 @@ class Creator:
         # What the plan saw may have been replaced since: look directories up anew.
         await self._pool.call(slot, "forget_directories")
         ghosts.sort(key=lambda planned: planned.mount.namespace.target.index)
-        for batch in batches(ghosts, _BATCH, _content, _BYTES):
+        for batch in batches(ghosts, _BATCH, content_of, _BYTES):
             await self._create_batch(slot, batch)
         # An outer directory has its name before an inner one is moved into it.
         directories = sorted((g for g in ghosts if g.final), key=lambda g: g.depth)
@@ -138,5 +138,6 @@ class Creator:
         self._ledger.placed(planned, Placed(*fields))
 
 
-def _content(planned: PlannedGhost) -> int:
+def content_of(planned: PlannedGhost) -> int:
+    """Bytes that are written for a ghost."""
     return sum(extent.length for extent in planned.ghost.extents)

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Collection, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Literal, NamedTuple
 
 import anyio
@@ -33,6 +34,7 @@ from ghostpool._planned import PlannedMount
 from ghostpool._pool import WorkerPool
 from ghostpool._process import STOP_S, Child, ForkServer
 from ghostpool._protocol import RemoveOp
+from ghostpool._unbroken import unbroken
 from ghostpool._workerclient import WorkerClient, WorkerFailure
 
 log = logging.getLogger("ghostpool")
@@ -87,26 +89,29 @@ class Guard:
         guard = cls(worker, pool, directory, token + _journal.SUFFIX)
         try:
             await guard._open_journal(token, _facts(token, mounts, identities))
-            await guard._watch(server.pid, os.pidfd_open(server.pid))
+            await guard._watch(server.pid, os.dup(server.pidfd))
             await pool.watch_with(guard.watch)
             yield guard
         finally:
             pool.watch_nobody()
-            with anyio.CancelScope(shield=True):
-                if guard._owed and server.dead:
-                    # Nobody here can undo it any more, but the guardian can.
-                    await guard._leave_it_to_the_guardian()
-                else:
-                    await guard._close()
-                    await worker.stop()
-                worker.kill()
-                with anyio.move_on_after(STOP_S):
-                    await worker.child.wait()
+            await unbroken(partial(guard._end, server.dead))
             if guard._lock_fd >= 0:
                 os.close(guard._lock_fd)
             else:
                 # A guardian that died while it made the journal: nothing was owed yet.
                 _journal.discard(directory, guard._name)
+
+    async def _end(self, nobody_forks: bool) -> None:
+        """End the guardian, with the journal gone where nothing is owed."""
+        if self._owed and nobody_forks:
+            # Nobody here can undo it any more, but the guardian can.
+            await self._leave_it_to_the_guardian()
+        else:
+            await self._close()
+            await self._worker.stop()
+        self._worker.kill()
+        with anyio.move_on_after(STOP_S):
+            await self._worker.child.wait()
 
     async def _open_journal(self, token: str, records: Sequence[Hashable]) -> None:
         try:

@@ -28,6 +28,8 @@ class Launched(NamedTuple):
     pid: int
     socket: int
     """The coordinator's end of its socket."""
+    pidfd: int
+    """The program that this is part of may reap it, and its pid be another one's then."""
 
 
 def launch() -> Launched:
@@ -46,7 +48,7 @@ def launch() -> Launched:
         raise
     finally:
         theirs.close()
-    return Launched(pid, ours.detach())
+    return Launched(pid, ours.detach(), os.pidfd_open(pid))
 
 
 def _spawn(socket: int) -> int:
@@ -123,6 +125,8 @@ def execute(
         environment or {},
         file_actions=actions,
         setsigmask=_BLOCKED_AT_START,
+        # Ignored, it would have the kernel reap the children of this child: waitpid(2).
+        setsigdef=(signal.SIGCHLD,),
     )
 
 

@@ -25,6 +25,7 @@ from ghostpool._lease_table import (
     M,
     MountUsage,
 )
+from ghostpool._unbroken import unbroken
 
 _M_contra = TypeVar("_M_contra", bound=Hashable, contravariant=True)
 _T = TypeVar("_T")
@@ -206,13 +207,16 @@ class MountLeases(Generic[M]):
         call: Callable[[Sequence[M]], Awaitable[Sequence[_T]]],
         mounts: tuple[M, ...],
     ) -> Sequence[_T]:
-        with anyio.move_on_after(self._revert_s, shield=True):
-            answer = await call(mounts)
-            if len(answer) != len(mounts):
-                raise RuntimeError(f"{name}: {len(answer)} answers for {len(mounts)} mounts")
-            return answer
-        names = ", ".join(str(mount) for mount in mounts)
-        raise TimeoutError(f"{name} of {names}: no answer within {self._revert_s:g} s")
+        async def bounded() -> Sequence[_T]:
+            with anyio.move_on_after(self._revert_s):
+                answer = await call(mounts)
+                if len(answer) != len(mounts):
+                    raise RuntimeError(f"{name}: {len(answer)} answers for {len(mounts)} mounts")
+                return answer
+            names = ", ".join(str(mount) for mount in mounts)
+            raise TimeoutError(f"{name} of {names}: no answer within {self._revert_s:g} s")
+
+        return await unbroken(bounded)
 
     def _begin(self, mounts: tuple[M, ...]) -> None:
         for mount in mounts:

@@ -18,23 +18,23 @@ from ghostpool._rundir import run_directory
 class Listener:
     """The bound socket; made before anything is restored, so that a bad path is refused first."""
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, run_dir: str | None = None) -> None:
+        """PlanError if it can not be bound. Without a path: a random name in the run directory."""
         if path is None:
             name = f"{os.getpid()}-{secrets.token_hex(4)}.sock"
-            path = os.path.join(run_directory(), name)
+            path = os.path.join(run_directory() if run_dir is None else run_dir, name)
         self.path: str = os.path.abspath(path)
         _check_directory(os.path.dirname(self.path))
         self.socket: socket.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        umask = os.umask(0o177)
         try:
+            # The mode of the name that bind(2) makes, less the umask, which is all threads' own.
+            os.fchmod(self.socket.fileno(), 0o600)
             self.socket.bind(self.path)
             self._identity = _identity(self.path)
             self.socket.listen(128)
         except OSError as error:
             self.socket.close()
-            raise PlanError(f"--serve {self.path}: {error.strerror}") from error
-        finally:
-            os.umask(umask)
+            raise PlanError(f"--serve {self.path}: {error.strerror or error}") from error
         self.socket.setblocking(False)
 
     @classmethod

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import anyio
 
-from ghostpool._errors import KernelError, RevertError, WorkerDied
+from ghostpool._errors import BarrierBroken, KernelError, RevertError, WorkerDied
 from ghostpool._events import NOBODY, Events, MountWritable, Reverted
 from ghostpool._guard import Guard, Owed
 from ghostpool._mend import describe_holders, kernel_error, mend_command
@@ -76,6 +76,9 @@ class PoolMounts:
         """Unique id (or mnt_id, before Linux 6.8) that each mount had when it was found."""
         self.writable_attributes: dict[MountHandle, int] = {}
         """What the kernel said of each mount right after it was made writable."""
+        self._making = 0
+        self._none_made = anyio.Event()
+        self._no_more = self._closed = False
         self._changed: set[MountHandle] = set()
         """Mounts that we made writable, or may have, and have not put back."""
         self._found_writable = {handle for handle in mounts if not mounts[handle].mount.read_only}
@@ -88,7 +91,24 @@ class PoolMounts:
         return targets
 
     async def make_writable(self, mounts: Sequence[MountHandle]) -> Sequence[bool | Exception]:
-        """Clear the read-only bit of each; see MountKernel."""
+        """Clear the read-only bit of each; see MountKernel. BarrierBroken after `no_more`."""
+        if self._no_more:
+            raise BarrierBroken("everything is being put back")
+        self._making += 1
+        try:
+            return await self._make_writable(mounts)
+        finally:
+            self._making -= 1
+            self._none_made.set()
+
+    async def no_more(self) -> None:
+        """Make no mount writable any more; returns when none is about to become so."""
+        self._no_more = True
+        while self._making:
+            self._none_made = anyio.Event()
+            await self._none_made.wait()
+
+    async def _make_writable(self, mounts: Sequence[MountHandle]) -> Sequence[bool | Exception]:
         results: dict[MountHandle, bool | Exception] = {}
         for handle in mounts:
             log.debug("make writable: %s", self._mounts[handle].label)
@@ -153,7 +173,12 @@ class PoolMounts:
         return kernel_error(Failure(0, code, step, b"", handle), self._mounts, advice)
 
     async def make_read_only(self, mounts: Sequence[MountHandle]) -> Sequence[Exception | None]:
-        """Set the read-only bit of each again, waiting a moment for busy ones."""
+        """Set the read-only bit of each again, waiting a moment for busy ones.
+
+        After `close` nothing is done: whatever became of them was told by that.
+        """
+        if self._closed:
+            return [None for _ in mounts]
         results: dict[MountHandle, Exception | None] = {}
         for handle in mounts:
             log.debug("back to read-only: %s", self._mounts[handle].label)
@@ -179,9 +204,15 @@ class PoolMounts:
         await self._guard.settle([_key(handle) for handle in put_back])
         return [results[handle] for handle in mounts]
 
-    async def put_back(self) -> list[Exception]:
-        """Make read-only again what is writable by our doing, or may be; why mounts stay so."""
-        answers = await self.make_read_only(list(self._changed))
+    async def close(self, tried: Collection[MountHandle] = ()) -> list[Exception]:
+        """Put back what is writable by our doing, or may be, whoever leased it; why mounts stay so.
+
+        Nothing is changed any more after that. `tried` are left as they are.
+        """
+        await self.no_more()
+        left = [handle for handle in self._changed if handle not in tried]
+        answers = await self.make_read_only(left)
+        self._closed = True
         return [answer for answer in answers if answer is not None]
 
     def _not_reverted(self, handle: MountHandle, error: Exception) -> RevertError:

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-
-import anyio
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from ghostpool import _needs
 from ghostpool._errors import (
@@ -41,6 +39,7 @@ from ghostpool._rundir import open_run_directory
 from ghostpool._stall import STALL_S
 from ghostpool._survey import open_mounts, read_tables
 from ghostpool._targets import Target, pin
+from ghostpool._unbroken import unbroken
 
 REVERT_S = 60.0
 """Deadline of one change of mounts, in seconds: longer than the pool insists on its own."""
@@ -161,8 +160,6 @@ class _NamedMounts:
     def __init__(self, kernel: PoolMounts, handles: Mapping[str, MountHandle]) -> None:
         self._kernel = kernel
         self._handles = handles
-        self._calls = 0
-        self._no_call = anyio.Event()
         self._closed = False
 
     def require_open(self) -> None:
@@ -171,35 +168,15 @@ class _NamedMounts:
 
     async def make_writable(self, mounts: Sequence[str]) -> Sequence[bool | Exception]:
         self.require_open()
-        with self._call():
-            return await self._kernel.make_writable([self._handles[mount] for mount in mounts])
+        return await self._kernel.make_writable([self._handles[mount] for mount in mounts])
 
     async def make_read_only(self, mounts: Sequence[str]) -> Sequence[Exception | None]:
-        if self._closed:
-            return [None for _ in mounts]  # whatever became of them was told at the end
-        with self._call():
-            return await self._kernel.make_read_only([self._handles[mount] for mount in mounts])
-
-    @contextmanager
-    def _call(self) -> Iterator[None]:
-        self._calls += 1
-        try:
-            yield
-        finally:
-            self._calls -= 1
-            if not self._calls:
-                self._no_call.set()
+        return await self._kernel.make_read_only([self._handles[mount] for mount in mounts])
 
     async def close(self) -> list[Exception]:
         """Put back what is writable, whoever holds it, and change nothing any more."""
         self._closed = True
-        failures: list[Exception] = []
-        with anyio.CancelScope(shield=True):
-            if self._calls:
-                self._no_call = anyio.Event()
-                await self._no_call.wait()
-            failures += await self._kernel.put_back()
-        return failures
+        return await unbroken(self._kernel.close)
 
 
 def _counts(mounts: int) -> Counts:

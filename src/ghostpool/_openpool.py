@@ -88,7 +88,8 @@ class GhostPool:
         before that, BarrierBroken, in a group, if another task failed: either way the barrier is
         broken. So it is if this is cancelled. RuntimeError for a pid that the images do not have.
         """
-        listener = Listener(None if path is None else os.fspath(path))
+        run_dir = self._session.run.request.run_dir
+        listener = Listener(None if path is None else os.fspath(path), run_dir)
         try:
             await self._session.serve(
                 listener, tasks, started=lambda server: task_status.started(server.path)
@@ -111,7 +112,7 @@ class GhostPool:
 
     async def _conclude(self) -> None:
         """The block was left without an error."""
-        if self._restoration.barrier.passed and not self._restoration.restored.complete:
+        if self._restoration.can_finish:
             await self.finish()
 
 

@@ -22,6 +22,7 @@ from ghostpool._memory import MemoryBound
 from ghostpool._model import MountHandle
 from ghostpool._process import Child, ForkServer
 from ghostpool._targets import Target
+from ghostpool._unbroken import unbroken
 from ghostpool._workerclient import WorkerClient
 
 log = logging.getLogger("ghostpool")
@@ -98,8 +99,7 @@ class WorkerPool:
         try:
             yield pool
         finally:
-            with anyio.CancelScope(shield=True):
-                await pool.stop()
+            await unbroken(pool.stop)
             _linux.close_all(pool.mounts.values())
             pool.mounts.clear()
 

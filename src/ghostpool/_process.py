@@ -26,6 +26,7 @@ from ghostpool._identity import has_ended
 from ghostpool._launch import Launched
 from ghostpool._protocol import MAX_FDS
 from ghostpool._stall import STALL_S, Vigil, condition
+from ghostpool._unbroken import unbroken
 
 log = logging.getLogger("ghostpool")
 FORK_S = 15.0
@@ -135,15 +136,17 @@ class ForkServer:
             failed = alone(error)
         finally:
             server._channel.close()
-            with anyio.CancelScope(shield=True):
-                await _reap(launched.pid)
-                # They die with it.
-                give_up = anyio.current_time() + GONE_S
-                for child in server._children.values():
-                    await _see_off(child.pidfd, f"process {child.pid}", give_up)
-                    child.close()
+            await unbroken(server._see_all_off)
         if failed is not None:
             raise failed
+
+    async def _see_all_off(self) -> None:
+        await _reap(self._launched)
+        # They die with it.
+        give_up = anyio.current_time() + GONE_S
+        for child in self._children.values():
+            await _see_off(child.pidfd, f"process {child.pid}", give_up)
+            child.close()
 
     def pids(self) -> list[int]:
         """The fork server itself, then its children."""
@@ -152,6 +155,11 @@ class ForkServer:
     @property
     def pid(self) -> int:
         return self._launched.pid
+
+    @property
+    def pidfd(self) -> int:
+        """Readable when it has ended; this object's."""
+        return self._launched.pidfd
 
     @property
     def dead(self) -> bool:
@@ -335,9 +343,9 @@ class CommandFailed(Exception):
         super().__init__(f"{step}: {os.strerror(errno)}")
 
 
-async def _reap(pid: int) -> None:
-    """Wait for a child of this process; kill it if it does not end by itself."""
-    pidfd = os.pidfd_open(pid)
+async def _reap(launched: Launched) -> None:
+    """Wait for the fork server; kill it if it does not end by itself."""
+    pid, pidfd = launched.pid, launched.pidfd
     try:
         with anyio.move_on_after(STOP_S):
             await anyio.wait_readable(pidfd)
@@ -347,7 +355,11 @@ async def _reap(pid: int) -> None:
             pass
         give_up = anyio.current_time() + GONE_S
         await _see_off(pidfd, f"the fork server (process {pid})", give_up)
-        os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222  returns at once
+        try:
+            os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222  returns at once
+        except ChildProcessError:
+            # The program has: it waits for whatever child there is, or ignores SIGCHLD: wait(2).
+            pass
     finally:
         os.close(pidfd)
 

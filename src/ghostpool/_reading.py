@@ -71,17 +71,16 @@ def _ended(reading: Reading) -> Iterator[int]:
     A process in an uninterruptible sleep (a dead network file system) can not: it was killed, and
     goes when the kernel lets it.
     """
-    pidfd = os.pidfd_open(reading.pid)
     try:
-        yield pidfd
+        yield reading.pidfd
     finally:
-        _kill(pidfd)
-        os.close(pidfd)
+        _kill(reading.pidfd)
+        os.close(reading.pidfd)
         os.close(reading.socket)
         try:
             os.waitpid(reading.pid, os.WNOHANG)
         except ChildProcessError:
-            pass  # whoever ended the conversation has asked for its status
+            pass  # it was asked for its status, or the program reaps whatever child there is
 
 
 def _kill(pidfd: int) -> None:

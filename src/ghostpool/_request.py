@@ -49,7 +49,17 @@ class Options(TypedDict, total=False):
 
 
 def request_of(images: str | os.PathLike[str], options: Options, *, keep: bool = False) -> Request:
-    """The request that the arguments of a function of the library make."""
+    """The request that the arguments of a function of the library make.
+
+    TypeError for an argument that there is not; ValueError for a number that makes no sense.
+    """
+    unknown = options.keys() - Options.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unexpected arguments: {', '.join(sorted(unknown))}")
+    for name in ("jobs", "max_size", "memory_limit", "stall_s"):
+        number = options.get(name)
+        if number is not None and not (isinstance(number, int | float) and number > 0):
+            raise ValueError(f"{name}={number!r}: expected a number above 0")
     events = options.get("events")
     where = options.get("namespaces") or {}
     return Request(

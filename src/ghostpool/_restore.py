@@ -12,12 +12,13 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 import anyio
 
 from ghostpool._apart import apart
 from ghostpool._barrier import TaskBarrier
-from ghostpool._createghosts import Creator
+from ghostpool._createghosts import Creator, content_of
 from ghostpool._errors import BarrierBroken, RevertError, first_cause, reportable, without_echoes
 from ghostpool._events import NOBODY, Cleaned, Events, TaskArrived
 from ghostpool._guard import Guard
@@ -31,6 +32,7 @@ from ghostpool._planned import Plan, PlannedTask
 from ghostpool._pool import WorkerPool
 from ghostpool._restored import Restored
 from ghostpool._slots import assign_slots
+from ghostpool._unbroken import unbroken
 
 log = logging.getLogger("ghostpool")
 REVERT_S = 60.0
@@ -84,10 +86,11 @@ class Restoration:
         self._inside: dict[int, AsyncExitStack] = {}
         """The leases of the tasks that have not left their blocks."""
         self._left = anyio.Event()
+        self._finishing = False
 
     def _weights(self) -> Iterator[tuple[tuple[int, int], int, int]]:
         for ghost in self.plan.ghosts.values():
-            cost = 1 + sum(e.length for e in ghost.ghost.extents) // _WEIGHT_BYTES
+            cost = 1 + content_of(ghost) // _WEIGHT_BYTES
             yield ghost.group, ghost.mount.namespace.target.index, cost
         for planned in self.plan.opens:
             yield planned.group, planned.opening.mount.namespace.target.index, 1
@@ -116,17 +119,18 @@ class Restoration:
             except BaseException as caught:
                 if self.restored.complete:
                     raise  # it is the caller's own: there is nothing to undo any more
-                error = await self._undone(caught)
+                error = await unbroken(partial(self._undone, caught))
             if error is not None:
                 raise first_cause(error) if alone else without_echoes(error)
         finally:
             self._note_usage()
-            await self._close()
+            await unbroken(self._close)
 
     async def _close(self) -> None:
-        # Each may be the last of a file, which goes with it.
-        with anyio.CancelScope(shield=True):
-            await apart(self.restored.close, len(self.restored.fds))
+        # Each may be the last of a file, which goes with it, as long as that may be.
+        content = sum(map(content_of, self.plan.ghosts.values())) if self.restored.fds else 0
+        pieces = len(self.restored.fds) + content // _WEIGHT_BYTES
+        await apart(self.restored.close, pieces)
 
     def _note_usage(self) -> None:
         self.restored.usage = self._leases.usage()
@@ -161,6 +165,7 @@ class Restoration:
                     await self._opener.open(pid, planned.opens)
                 finally:
                     files.over = True
+                self.barrier.check()
                 log.debug("task %d has all its files open", pid)
                 if self._events:
                     self._events.send(TaskArrived(task=pid))
@@ -168,6 +173,10 @@ class Restoration:
         finally:
             del self._inside[pid]
             self._left.set()
+
+    def has_entered(self, pid: int) -> bool:
+        """Somebody has brought the task up, or is about to."""
+        return pid in self._entered
 
     async def bring_up_all(self) -> None:
         """Bring every task up, at the same time, for those that have none of their own."""
@@ -199,9 +208,9 @@ class Restoration:
     async def finish(self, confirm: Callable[[], None] = lambda: None) -> None:
         """Wait until all tasks have left their blocks; then clean, verify, and put all back.
 
-        BarrierBroken: a task failed. RuntimeError: a task was never brought up, or it is done
-        already. Everything that is not undone when this raises is undone at the end of `running`,
-        but for RevertError, after which nothing is left to be done but what it says. `confirm`
+        BarrierBroken: a task failed. RuntimeError: a task was never brought up, or this was begun
+        already. Whatever it raises, everything is undone at the end of `running`; but after a
+        RevertError nothing is left to be done but what that says. `confirm`
         may raise when all is done, as the last chance to have it undone.
         """
         if self.restored.complete:
@@ -209,6 +218,9 @@ class Restoration:
         if not self.barrier.broken and len(self._entered) < len(self.tasks):
             pids = ", ".join(str(pid) for pid in self.tasks if pid not in self._entered)
             raise RuntimeError(f"nobody has brought up the tasks {pids}: enter their blocks first")
+        if self._finishing:
+            raise RuntimeError("finishing has been begun already")
+        self._finishing = True
         while self._inside:
             self._left = anyio.Event()
             await self._left.wait()
@@ -230,40 +242,49 @@ class Restoration:
         if not self._keep:
             await apart(self.restored.verify, len(self.restored.fds))
 
-    def _left_early(self) -> BaseException:
+    @property
+    def can_finish(self) -> bool:
+        """All tasks have arrived, and nobody has begun to finish."""
+        return self.barrier.passed and not self._finishing
+
+    def _left_early(self) -> Exception:
         """Why a block that was left without an error has come to nothing."""
-        if self.barrier.cause is not None:
-            return self.barrier.cause
+        cause = self.barrier.cause
+        if isinstance(cause, Exception):
+            return cause
+        if cause is not None:  # a cancellation, which is over
+            return BarrierBroken("a task was cancelled before all had arrived")
         names = ", ".join(map(str, self.barrier.missing))
         return BarrierBroken(
             f"left before all tasks had arrived (missing: {names})" if names else "never finished"
         )
 
     async def _undone(self, cause: BaseException) -> BaseException:
-        """Take back what was done; the cause, and what could not be taken back."""
+        """Take back what was done; the cause, and what could not be taken back. See `unbroken`."""
         log.info("undoing: %d names", len(self._ledger))
         self.barrier.break_(cause)
         failures: list[Exception] = []
-        with anyio.CancelScope(shield=True):
-            await self._close()
-            # A task that is still in its block has lost its leases from here on.
-            for leases in [*self._inside.values(), self._service]:
-                try:
-                    await leases.aclose()
-                except Exception as error:  # noqa: BLE001  told at the end
-                    failures.append(error)
-            names = len(self._ledger)
-            limit_s = UNDO_S + UNDO_NAME_S * names
-            try:
-                with anyio.fail_after(limit_s):
-                    self.restored.left += await self._ledger.clear()
-                if self._events:
-                    self._events.send(Cleaned(names=names))
-            except TimeoutError:
-                problem = f"undoing did not end within {limit_s:.0f} s"
-                failures.append(RevertError(problem, recover_command()))
-            except Exception as error:  # noqa: BLE001  told at the end
-                failures.append(error)
+        await self._close()
+        # A task that is still in its block has lost its leases from here on, and one that
+        # is about to enter it gets none.
+        await self._kernel.no_more()
+        for leases in [*self._inside.values()]:
+            failures += await _closed(leases)
+        names = len(self._ledger)
+        limit_s = UNDO_S + UNDO_NAME_S * names
+        try:
+            with anyio.fail_after(limit_s):
+                self.restored.left += await self._ledger.clear()
+            if self._events:
+                self._events.send(Cleaned(names=names))
+        except TimeoutError:
+            problem = f"undoing did not end within {limit_s:.0f} s"
+            failures.append(RevertError(problem, recover_command()))
+        except Exception as error:  # noqa: BLE001  told at the end
+            failures.append(error)
+        # Names may have been removed by these.
+        failures += await _closed(self._service)
+        failures += await self._kernel.close(self._leases.revert_errors)
         failures += self._still_writable()
         if not failures:
             return cause
@@ -279,6 +300,15 @@ class Restoration:
             for handle, error in self._leases.revert_errors.items()
             if not isinstance(error, RevertError)
         ]
+
+
+async def _closed(leases: AsyncExitStack) -> list[Exception]:
+    """Give leases back; why that failed."""
+    try:
+        await leases.aclose()
+    except Exception as error:  # noqa: BLE001  told by the caller
+        return [error]
+    return []
 
 
 class PoolTask:

@@ -34,6 +34,7 @@ class Restored:
         """Attributes of each leased mount while it was writable, as the kernel gave them."""
         self.left: list[str] = []
         """What could not be removed because somebody else uses it now, for people."""
+        self.closed = False
         self.complete = False
         """Everything is open, put back and verified."""
         self._taken: set[Pid] = set()
@@ -51,9 +52,12 @@ class Restored:
     def take(self, planned: PlannedTask) -> dict[int, int]:
         """As `of_task`, but each number has a descriptor of its own, which is the caller's.
 
-        RuntimeError if it is done twice. OSError (EMFILE): nothing was taken.
+        RuntimeError if it is done twice, or when they have been closed. OSError (EMFILE): nothing
+        was taken.
         """
         pid = planned.task.pid
+        if self.closed:
+            raise RuntimeError("the block of the restore has been left: everything is closed")
         if pid in self._taken:
             raise RuntimeError(f"the descriptors of task {pid} have been taken already")
         numbers = [(number, reg) for number, reg in _numbers(planned) if reg in self.fds]
@@ -102,6 +106,7 @@ class Restored:
 
     def close(self) -> None:
         """Close every descriptor, which frees the ghosts that nobody else holds."""
+        self.closed = True
         _linux.close_all(self.fds.values())
         self.fds.clear()
 

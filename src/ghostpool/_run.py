@@ -28,8 +28,6 @@ from contextlib import (
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import anyio
-
 from ghostpool import _buildspec, _linux, _needs, _tracing
 from ghostpool._errors import PlanError, SandboxError, first_cause, reportable
 from ghostpool._events import Events, EventSink, Failed, Planned
@@ -57,6 +55,7 @@ from ghostpool._stall import STALL_S
 from ghostpool._startreader import Reading, start_reading
 from ghostpool._survey import Survey
 from ghostpool._targets import Target, adopt, pin, resolve_namespaces
+from ghostpool._unbroken import unbroken
 
 if TYPE_CHECKING:
     from ghostpool._undoing import RecoveredRun
@@ -199,9 +198,7 @@ class Session:
         """See `Restoration.finish`; guardian, journal and workers are gone too then."""
         await self.restoration.finish(self._check_consumers)
         # All is done: an interruption that comes only now can not undo it.
-        with anyio.CancelScope(shield=True):
-            await self._stack.aclose()
-            await self.run.release_workers()
+        await unbroken(self._let_go)
         report, restored = self.run.report, self.restoration.restored
         report.restored = True
         report.kept = self.run.request.policy.keep
@@ -209,6 +206,10 @@ class Session:
         for server in self._servers:
             server.released()
         log.info("restored: %d open files", len(restored.fds))
+
+    async def _let_go(self) -> None:
+        await self._stack.aclose()
+        await self.run.release_workers()
 
     def _check_consumers(self) -> None:
         for server in self._servers:
@@ -226,6 +227,9 @@ async def _told_the_end(servers: list[TaskServer]) -> AsyncIterator[None]:
             cancelled = ["cancelled", server.why_missing()]
             server.aborted("; ".join(filter(None, reasons or cancelled)))
         raise
+    for server in servers:
+        # Without effect on those that were released: who is left saw its program drop an error.
+        server.aborted("this restore has failed")
 
 
 @asynccontextmanager
@@ -292,8 +296,7 @@ async def prepared(
                 request, server, pool, by_id, plan, survey.identities, report, soft_limit, events
             )
         finally:
-            with anyio.CancelScope(shield=True):
-                await pool.stop()
+            await unbroken(pool.stop)
             report.workers = max(report.workers, pool.started)
             report.peak_rss = max(report.peak_rss, pool.peak_rss)
             if memory is not None:

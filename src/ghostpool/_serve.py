@@ -61,6 +61,7 @@ class Pool(Protocol):
     @property
     def tasks(self) -> Mapping[int, PlannedTask]: ...
     def task(self, pid: int) -> AbstractAsyncContextManager[PooledTask]: ...
+    def has_entered(self, pid: int) -> bool: ...
 
 
 class Refused(Exception):
@@ -100,8 +101,8 @@ class TaskServer:
         if unknown:
             raise RuntimeError(f"no tasks of the images: {named(unknown)}")
         self._empty = {pid for pid in self._stages if not self._has_files(pid)}
-        self._inside = set(self._stages)
-        """Tasks that have not left their blocks."""
+        self._inside: set[int] = set()
+        """Tasks whose blocks were entered here and have not been left."""
         self._left = anyio.Event()
         self._consumers: dict[int, _Fetching] = {}
         self._strangers: dict[Consumer, anyio.CancelScope] = {}
@@ -125,7 +126,9 @@ class TaskServer:
 
     def missing(self) -> dict[int, Stage]:
         """The served tasks that have not arrived, and how far they have come."""
-        return {pid: stage for pid, stage in self._stages.items() if stage is not Stage.ARRIVED}
+        # Some may have been brought up by the program itself.
+        missing = set(self._barrier.missing)
+        return {pid: stage for pid, stage in self._stages.items() if pid in missing}
 
     def why_missing(self) -> str:
         """The same for people; "" if none is missing."""
@@ -141,7 +144,7 @@ class TaskServer:
         """Serve until the barrier is passed. The listener is closed at the end.
 
         ConsumerLost, in a group, if a consumer broke the barrier; BarrierBroken, in a group, if
-        another task did.
+        another task did. Cancelled, it breaks the barrier, as its tasks can not arrive any more.
         """
         try:
             async with anyio.create_task_group() as group:
@@ -157,6 +160,9 @@ class TaskServer:
                 if self._inside:
                     await self._left.wait()
                 group.cancel_scope.cancel()
+        except BaseException as error:
+            self._barrier.break_(error)
+            raise
         finally:
             self._listener.close()
 
@@ -223,6 +229,7 @@ class TaskServer:
                 # It has arrived, or is about to, whatever this one does.
                 await self._fetch(fetching, {})
                 await anyio.sleep_forever()
+            self._inside.add(fetching.pid)
             async with self._pool.task(fetching.pid) as task:
                 await self._fetch(fetching, await task.open_files())
                 self._stages[fetching.pid] = Stage.ARRIVED
@@ -260,6 +267,8 @@ class TaskServer:
             )
         if pid in self._consumers:
             raise Refused(f"task {pid} has another consumer")
+        if pid not in self._empty and self._pool.has_entered(pid):
+            raise Refused(f"task {pid} is brought up by the program itself")
         if self._barrier.broken:
             raise Refused("this restore is being undone")
         if pid not in self._empty:
@@ -274,6 +283,9 @@ class TaskServer:
         return any(descriptor.reg_id in self._openings for descriptor in descriptors)
 
     async def _arrive_alone(self, pid: int) -> None:
+        if self._pool.has_entered(pid):
+            return
+        self._inside.add(pid)
         async with self._pool.task(pid):
             self._stages[pid] = Stage.ARRIVED
         self._leave(pid)

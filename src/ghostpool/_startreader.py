@@ -29,6 +29,8 @@ class Reading(NamedTuple):
     """As the user named it."""
     size: int
     """Largest apparent size of a ghost."""
+    pidfd: int
+    """Of the reader, whose pid may be another one's as soon as somebody has reaped it."""
 
 
 def start_reading(path: str, size: int) -> Reading:
@@ -60,7 +62,7 @@ def start_reading(path: str, size: int) -> Reading:
         raise
     finally:
         theirs.close()
-    return Reading(pid, ours.detach(), directory, path, size)
+    return Reading(pid, ours.detach(), directory, path, size, os.pidfd_open(pid))
 
 
 def _spawn(socket: int) -> int:

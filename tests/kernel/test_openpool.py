@@ -8,11 +8,15 @@ through, and every namespace is compared with what it was.
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import json
 import os
 import resource
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +26,7 @@ from anyio.lowlevel import checkpoint
 
 import ghostpool
 from ghostpool._linux import close_all
+from ghostpool._mountkernel import PoolMounts
 from ghostpool.testing import Snapshot, Targets, built_targets
 from tests.support.imagewriter import ImageSet
 from tests.support.live import ROOT, read_only
@@ -331,6 +336,144 @@ async def test_who_is_in_its_block_when_the_pools_ends_has_no_lease_any_more(
             over.set()
 
 
+async def test_who_is_about_to_be_leased_when_the_pools_block_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The change is under way: it is waited for, and undone, before the block is left."""
+    making = anyio.Event()
+    make = PoolMounts._make_writable
+
+    async def making_it(self: PoolMounts, mounts: Any) -> Any:
+        making.set()
+        await anyio.sleep(0.05)
+        return await make(self, mounts)
+
+    monkeypatch.setattr(PoolMounts, "_make_writable", making_it)
+    with scene(tmp_path, 1, 2) as made:
+        before = look(made.targets)
+
+        async def outlive(pool: ghostpool.GhostPool) -> None:
+            with pytest.raises(ghostpool.BarrierBroken, match="did not reach"):
+                async with pool.task(1):
+                    pytest.fail("it got in")
+
+        async with anyio.create_task_group() as tg:
+            with pytest.raises(ExceptionGroup):
+                async with ghostpool.open_pool(made.images, namespaces=made.namespaces) as pool:
+                    tg.start_soon(outlive, pool)
+                    await making.wait()
+                    raise Mine
+            assert look(made.targets) == before
+        assert look(made.targets) == before
+
+
+async def test_finishing_is_begun_once(tmp_path: Path) -> None:
+    """By one; and if it was cancelled, the block undoes everything."""
+
+    async def bring_up(pool: ghostpool.GhostPool, pid: int) -> None:
+        async with pool.task(pid):
+            await may_leave.wait()
+
+    async def finish(pool: ghostpool.GhostPool) -> None:
+        async with anyio.create_task_group() as tg:
+            for pid in pool.tasks:
+                tg.start_soon(bring_up, pool, pid)
+            await anyio.wait_all_tasks_blocked()
+            with anyio.CancelScope() as scope:
+                tg.start_soon(second, pool, scope)
+                await pool.finish()
+            may_leave.set()
+
+    async def second(pool: ghostpool.GhostPool, scope: anyio.CancelScope) -> None:
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(RuntimeError, match="begun already"):
+            await pool.finish()
+        scope.cancel()
+
+    with scene(tmp_path, 1, 2) as made:
+        may_leave = anyio.Event()
+        before = look(made.targets)
+        with pytest.raises(ExceptionGroup) as caught:
+            async with ghostpool.open_pool(made.images, namespaces=made.namespaces) as pool:
+                await finish(pool)
+        assert caught.group_contains(ghostpool.BarrierBroken, match="never finished")
+        assert look(made.targets) == before
+
+
+async def test_nothing_can_be_taken_afterwards(tmp_path: Path) -> None:
+    with scene(tmp_path, 1, 1) as made:
+        async with ghostpool.restore(made.images, namespaces=made.namespaces) as restored:
+            pass
+        with pytest.raises(RuntimeError, match="has been left"):
+            await restored.tasks[1].take_fds()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"job": 3}, TypeError), ({"keep": True}, TypeError)]
+    + [({name: -1}, ValueError) for name in ("jobs", "stall_s", "max_size", "memory_limit")],
+)
+async def test_arguments_that_make_no_sense(
+    options: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=next(iter(options))):
+        async with ghostpool.open_pool("nowhere", **options):
+            pytest.fail("it was accepted")
+
+
+async def test_serving_beside_tasks_of_the_program(tmp_path: Path) -> None:
+    """What is brought up here is not served; serving ends when all have arrived."""
+    answers: list[dict[str, Any]] = []
+
+    async def ask(path: str) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.setblocking(False)
+            connection.connect(path)
+            connection.send(b'{"type": "hello", "version": 1, "task": 1}')
+            await anyio.wait_readable(connection)
+            answers.append(json.loads(connection.recv(4096)))
+
+    with scene(tmp_path / "images", 1, 2) as made:
+        path = str(tmp_path / "socket")
+        async with ghostpool.open_pool(made.images, namespaces=made.namespaces) as pool:
+            async with anyio.create_task_group() as tg:
+                await tg.start(partial(pool.serve, path))
+                async with anyio.create_task_group() as both:
+                    for pid in pool.tasks:
+                        both.start_soon(bring_up_when_asked, pool, pid, partial(ask, path))
+            report = await pool.finish()
+        assert report.restored
+        assert {answer["type"] for answer in answers} == {"abort"}
+        assert all(answer["refused"] for answer in answers)
+
+
+async def bring_up_when_asked(
+    pool: ghostpool.GhostPool, pid: int, ask: Callable[[], Awaitable[None]]
+) -> None:
+    async with pool.task(pid):
+        if pid == 1:
+            await ask()
+
+
+async def test_serving_that_is_cancelled_breaks_the_barrier(tmp_path: Path) -> None:
+    """Its tasks can not arrive any more."""
+    with scene(tmp_path / "images", 1, 2) as made, pytest.raises(ExceptionGroup):
+        async with (
+            ghostpool.open_pool(made.images, namespaces=made.namespaces) as pool,
+            anyio.create_task_group() as tg,
+        ):
+            tg.start_soon(bring_up_broken, pool, 1)
+            await anyio.wait_all_tasks_blocked()
+            with anyio.move_on_after(0.01):
+                await pool.serve(str(tmp_path / "socket"), tasks=[2])
+
+
+async def bring_up_broken(pool: ghostpool.GhostPool, pid: int) -> None:
+    with pytest.raises(ghostpool.BarrierBroken, match="did not reach"):
+        async with pool.task(pid):
+            pass
+
+
 class CancelAt:
     """Cancels a scope when a kind of event happens, inside whatever sends it."""
 
@@ -412,3 +555,43 @@ async def test_a_refusal_is_a_plan_error_in_a_group(tmp_path: Path) -> None:
             async with ghostpool.open_pool(made.images, namespaces={10: os.getpid()}):
                 pytest.fail("the host's own mounts are never remounted")
         assert caught.group_contains(ghostpool.PlanError)
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+async def test_cancelled_by_asyncio_itself(
+    tmp_path: Path, anyio_backend_name: str, times: int
+) -> None:
+    """Task.cancel() knows no scopes, and may come again while everything is undone."""
+    if anyio_backend_name != "asyncio":
+        return
+    with scene(tmp_path, 2, 4) as made:
+        before, descriptors = look(made.targets), open_numbers()
+
+        async def hold() -> None:
+            async with (
+                ghostpool.open_pool(made.images, namespaces=made.namespaces) as pool,
+                asyncio.TaskGroup() as group,
+            ):
+                for pid in pool.tasks:
+                    group.create_task(enter(pool, pid))
+
+        async def enter(pool: ghostpool.GhostPool, pid: int) -> None:
+            async with pool.task(pid) as task:
+                await task.open_files()
+                entered.append(pid)
+                if len(entered) == 8:
+                    all_in.set()
+                await asyncio.sleep(60)
+
+        entered: list[int] = []
+        all_in = asyncio.Event()
+        running = asyncio.create_task(hold())
+        await all_in.wait()
+        assert made.targets[10].is_writable(b"/data")
+        for _ in range(times):
+            running.cancel()
+            await asyncio.sleep(0.002)
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert look(made.targets) == before
+        assert open_numbers() == descriptors

@@ -316,7 +316,7 @@ def impostor(code: str, directory: Path) -> Iterator[Reading]:
     pid, ours = spawn(prologue + code)
     fd = os.open(directory, os.O_RDONLY)
     try:
-        yield Reading(pid, ours.detach(), fd, str(directory), SIZE)
+        yield Reading(pid, ours.detach(), fd, str(directory), SIZE, os.pidfd_open(pid))
     finally:
         os.close(fd)
     assert not psutil.pid_exists(pid), "the reader was left behind"
@@ -414,6 +414,7 @@ def test_a_reader_without_a_coordinator_ends(tmp_path: Path) -> None:
     reading = start_reading(str(small().write(tmp_path)), SIZE)
     os.close(reading.socket)
     os.close(reading.directory)
+    os.close(reading.pidfd)
     _, status = os.waitpid(reading.pid, 0)
     assert os.waitstatus_to_exitcode(status) in {0, 1}
 

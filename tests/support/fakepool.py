@@ -83,6 +83,9 @@ class FakePool:
             raise
         self.log.append(("passed", pid))
 
+    def has_entered(self, pid: int) -> bool:
+        return ("entered", pid) in self.log
+
     def done(self, what: str) -> list[int]:
         """Of which tasks the log says so, in order."""
         return [pid for said, pid in self.log if said == what]

@@ -49,7 +49,7 @@ LAYERS = [
     "_imagemounts",
     "_channel _consumer _imagefile _launch _stall",
     "_eventfile _imagesource _listenfds _progress _schema _tracing",
-    "_apart _events _limits _model _mounttable _paths _rlimit",
+    "_apart _events _unbroken _limits _model _mounttable _paths _rlimit",
     "_forkserver",
     "_build _command _guardian",
     "_worker",

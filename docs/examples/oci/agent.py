@@ -27,6 +27,8 @@ import anyio
 import ghostpool
 
 UCRED = struct.Struct("3i")
+HELLO_S = 10
+"""Seconds that somebody who has connected may say nothing."""
 SO_PEERPIDFD = 77
 
 
@@ -83,9 +85,10 @@ async def first(listener: socket.socket) -> Asked:
         connection.setblocking(False)
         asked = Asked(connection)
         if asked.uid in (0, os.geteuid()):
-            await anyio.wait_readable(connection)
-            if connection.recv(16) == b"restore":
-                return asked
+            with anyio.move_on_after(HELLO_S):
+                await anyio.wait_readable(connection)
+                if connection.recv(16) == b"restore":
+                    return asked
         asked.close()
 
 
