@@ -250,15 +250,18 @@ def main() -> int:
     tox = [python, "-m", "tox", "run", "--skip-missing-interpreters", "false"]
     tox += ["--discover", *found.values()]
     if options.env:
-        names, beside = options.env, []
+        names, others, beside = options.env, "", []
     else:
-        # What takes long keeps one CPU busy, and so do the interpreters, one after the other.
-        names = ",".join(STATIC + [f"py{major}{minor}" for major, minor in found])
-        beside = [*tox, "--workdir", os.path.join(ROOT, ".tox", ".beside"), "-e", BESIDE]
+        # Two rows of about the same length, each of which keeps one CPU busy: what takes long, and
+        # the last of several interpreters after it, beside the others.
+        pythons = [f"py{major}{minor}" for major, minor in found]
+        first, last = (pythons[:-1], pythons[-1:]) if len(pythons) > 2 else (pythons, [])
+        names, others = ",".join(STATIC + first), ",".join([BESIDE, *last])
+        beside = [*tox, "--workdir", os.path.join(ROOT, ".tox", ".beside"), "-e", others]
     status = run_tox(
         [*tox, "-e", names, *(["--", *options.posargs] if options.posargs else [])], beside
     )
-    names += f",{BESIDE}" if beside else ""
+    names += f",{others}" if beside else ""
     say(f"{'passed' if status == 0 else 'FAILED'} after {time.monotonic() - began:.0f} s: {names}")
     return status
 
