@@ -34,8 +34,8 @@ class Restored:
         """Attributes of each leased mount while it was writable, as the kernel gave them."""
         self.left: list[str] = []
         """What could not be removed because somebody else uses it now, for people."""
-        self.closed = False
-        self.complete = False
+        self.closed: bool = False
+        self.complete: bool = False
         """Everything is open, put back and verified."""
         self._taken: set[Pid] = set()
         self._wanted: Counter[RegId] | None = None
