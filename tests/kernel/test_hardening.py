@@ -140,6 +140,7 @@ def test_the_fork_server_holds_nothing_of_the_callers() -> None:
     finally:
         os.close(reader)
         os.close(launched.socket)
+        os.close(launched.pidfd)
         os.waitpid(launched.pid, 0)
 
 
