@@ -19,7 +19,7 @@ from tests.support import oci
 from tests.support.imagewriter import ImageSet
 from tests.support.restore import LIMIT_S, end, start
 
-pytestmark = [pytest.mark.needs_mount_ns, pytest.mark.needs_cc]
+pytestmark = [pytest.mark.needs_mount_ns, pytest.mark.needs_cc, pytest.mark.long]
 DOCS = Path(__file__).parents[2] / "docs" / "examples"
 RUNTIMES = [
     pytest.param("crun", marks=pytest.mark.needs_crun),

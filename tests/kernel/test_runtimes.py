@@ -38,7 +38,7 @@ from tests.support.restore import (
 )
 from tests.support.truth import specs_from_truth
 
-pytestmark = pytest.mark.needs_mount_ns
+pytestmark = [pytest.mark.needs_mount_ns, pytest.mark.long]
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 SYSTEMD = EXAMPLES / "systemd"
 HELD = {1: {3: "log", 9: "data"}, 2: {5: "other"}}

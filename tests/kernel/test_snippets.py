@@ -18,7 +18,7 @@ import ghostpool
 from ghostpool._linux import close_all
 from tests.kernel.test_openpool import NAMESPACES, TASKS, Scene, look, scene
 
-pytestmark = [pytest.mark.needs_mount_ns, pytest.mark.anyio]
+pytestmark = [pytest.mark.needs_mount_ns, pytest.mark.anyio, pytest.mark.long]
 
 RESTORE = """
 async with ghostpool.restore("img/", namespaces={11: 4242}, jobs=16) as restored:
