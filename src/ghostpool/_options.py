@@ -110,10 +110,10 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option(
                 "--strategy",
-                type=click.Choice(["remount"]),
+                type=click.Choice(["remount", "detached"]),
                 default="remount",
                 show_default=True,
-                help="How read-only mounts become writable for tasks.",
+                help="Make a task's read-only mount writable, or work on a private clone of it.",
             ),
             click.option(
                 "--allow-devices", is_flag=True, help="Restore character and block devices."
@@ -176,6 +176,7 @@ def make_request(options: dict[str, Any], reading: Any, keep: bool = False) -> A
             allow_devices=options["allow_devices"],
             allow_setuid=options["allow_setuid"],
             keep=keep,
+            strategy=options["strategy"],
             mapped=maps_owner(),
         ),
         stall_s=options.get("stall_timeout") or STALL_S,

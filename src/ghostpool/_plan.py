@@ -66,7 +66,7 @@ class Planner:
     def __init__(
         self, images: Images, namespaces: Mapping[NsId, Namespace], policy: Policy, token: bytes
     ) -> None:
-        self._plan = Plan(images, token)
+        self._plan = Plan(images, token, policy.strategy)
         self._images = images
         self._namespaces = namespaces
         self._policy = policy
@@ -234,7 +234,18 @@ class Planner:
                 self.refuse(names, error)
         if not self._plan.refusals:
             self._assign(looks)
+            self._note_strategies()
         return self._plan
+
+    def _note_strategies(self) -> None:
+        if self._plan.strategy != "detached":
+            return
+        leased = self._plan.leased
+        self._plan.warnings += [
+            f"{planned.label}: no private clone can be made of it, so it is made writable itself"
+            for planned in self._plan.mounts.values()
+            if planned.handle in leased
+        ]
 
     def _seen(
         self, opening: Opening, looks: Mapping[tuple[MountHandle, bytes], Look]
@@ -380,7 +391,9 @@ class Planner:
         own_root = opening.mount.root
         place = join(placed.mount.root, placed.directory)
         if is_below(place, own_root):
-            link, link_root = opening.mount.handle, own_root
+            detached = self._plan.strategy_of(opening.mount) == "detached"
+            link = opening.mount.service if detached else opening.mount.handle
+            link_root = own_root
         else:
             link, link_root = placed.mount.service, placed.mount.root
         components = opening.site.directory.split(b"/") if opening.site.directory else []

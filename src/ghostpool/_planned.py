@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ghostpool._errors import (
     GhostpoolError,
@@ -19,6 +20,10 @@ from ghostpool._model import Ghost, GhostId, Images, MountHandle, RegFile, Task,
 from ghostpool._mountinfo import LiveMount
 from ghostpool._paths import join, text
 
+Strategy = Literal["remount", "detached"]
+"""How a task's read-only mount takes the old name of a ghost: it is made writable for that long, or
+the name is made through its private writable clone and only opened through the mount itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -30,6 +35,7 @@ class Policy:
     """Leave the files linked at their old names."""
     own_owner: bool = False
     """Give every ghost to the restoring user: for user namespaces that map one id."""
+    strategy: Strategy = "remount"
     mapped: Callable[[int, int], bool] = lambda uid, gid: True
     """Whether this process's user namespace has such an owner."""
 
@@ -176,6 +182,7 @@ class Plan:
     images: Images
     token: bytes
     """Random part of the temporary names; it names the run."""
+    strategy: Strategy = "remount"
     mounts: dict[MountHandle, PlannedMount] = field(default_factory=dict)
     ghosts: dict[GhostId, PlannedGhost] = field(default_factory=dict)
     tasks: list[PlannedTask] = field(default_factory=list)
@@ -197,6 +204,12 @@ class Plan:
     def service_leases(self) -> list[MountHandle]:
         """Mounts leased from the first change to the last, since no clone of them can be made."""
         return [p.handle for p in self.mounts.values() if p.mount.read_only and not p.clone]
+
+    def strategy_of(self, mount: PlannedMount) -> Strategy | None:
+        """How the mount is worked on; None where it is writable already."""
+        if not mount.mount.read_only:
+            return None
+        return "detached" if self.strategy == "detached" and mount.clone else "remount"
 
     def leases_for(self, opens: Iterable[PlannedOpen]) -> set[MountHandle]:
         """The mounts that must be writable for these opens, in their own namespaces' view."""

@@ -10,7 +10,7 @@ from ghostpool._errors import GhostpoolError, leaves
 from ghostpool._lease import MountUsage
 from ghostpool._model import MountHandle
 from ghostpool._paths import text
-from ghostpool._planned import Plan, PlannedMount
+from ghostpool._planned import Plan, PlannedMount, Strategy
 
 SCHEMA = 1
 
@@ -19,7 +19,7 @@ SCHEMA = 1
 class Report:
     """What is known of a run; grows while it goes on."""
 
-    strategy: str = "remount"
+    strategy: Strategy = "remount"
     plan: Plan | None = None
     """None: it has not come to one."""
     usage: Mapping[MountHandle, MountUsage] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Report:
         plan = self.plan
         return {
             "schema": SCHEMA,
-            "strategy": self.strategy,
+            "strategy": self.strategy if plan is None else plan.strategy,
             "status": self.status,
             "restored": self.restored,
             "elapsed_s": round(self.elapsed_s, 6),
@@ -110,6 +110,12 @@ def error_document(error: BaseException) -> dict[str, Any]:
     return document
 
 
+def recommended(plan: Plan) -> Strategy:
+    """What would change fewer mounts: a private clone wherever one can be made."""
+    clones = any(planned.clone and planned.mount.read_only for planned in plan.mounts.values())
+    return "detached" if clones else "remount"
+
+
 def plan_document(plan: Plan) -> dict[str, Any]:
     """What `ghostpool plan --json` prints; docs/report.md describes it."""
     opens = []
@@ -135,7 +141,8 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     leased = plan.leased
     return {
         "schema": SCHEMA,
-        "strategy": "remount",
+        "strategy": plan.strategy,
+        "recommended_strategy": recommended(plan),
         "ghosts": len(plan.ghosts),
         "tasks": len(plan.images.tasks),
         "opens": opens,
@@ -147,6 +154,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
                 "mount_id": planned.mount.mnt_id,
                 "options": planned.mount.options(),
                 "service_clone": planned.clone,
+                "strategy": plan.strategy_of(planned),
                 "made_writable": planned.handle in leased,
             }
             for planned in plan.mounts.values()

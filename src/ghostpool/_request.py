@@ -9,7 +9,7 @@ from typing import TypedDict
 from ghostpool._events import EventSink
 from ghostpool._limits import Limits
 from ghostpool._model import NsId
-from ghostpool._planned import Policy
+from ghostpool._planned import Policy, Strategy
 from ghostpool._run import Request
 from ghostpool._stall import STALL_S
 from ghostpool._userns import maps_owner
@@ -37,6 +37,10 @@ class Options(TypedDict, total=False):
     """Restore setuid and setgid files."""
     max_size: int
     """Largest apparent size of a ghost, in bytes; 1 TiB if it is not given."""
+    strategy: Strategy
+    """How read-only mounts take the old names: "remount" makes the task's own mount writable for
+    that long, "detached" does all but the opening through a private clone (Linux 5.12), and the
+    mount never changes. "remount" if it is not given."""
     memory_limit: int | None
     """Bytes that this process and its children may take before further work waits."""
     stall_s: float
@@ -72,6 +76,7 @@ def request_of(images: str | os.PathLike[str], options: Options, *, keep: bool =
             allow_devices=options.get("allow_devices", False),
             allow_setuid=options.get("allow_setuid", False),
             keep=keep,
+            strategy=options.get("strategy", "remount"),
             mapped=maps_owner(),
         ),
         max_size=options.get("max_size", Limits().size),

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ghostpool._paths import text
 from ghostpool._planned import Plan
+from ghostpool._report import recommended
 
 
 def show_plan(plan: Plan, console: Console | None = None) -> None:
@@ -50,6 +51,8 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     for refusal in plan.refusals:
         console.print(f"refused: {escape(str(refusal))}", soft_wrap=True)
     if not plan.refusals:
+        if plan.strategy == "remount" and recommended(plan) == "detached":
+            console.print("--strategy detached would leave read-only mounts as they are")
         console.print(f"{len(plan.ghosts)} ghosts, {len(plan.opens)} opens: can be restored")
 
 

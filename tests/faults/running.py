@@ -369,7 +369,7 @@ class _Coordinator:
             str(self._scene.images),
             2,
             namespaces=where,
-            policy=Policy(keep=definition.keep, allow_devices=True),
+            policy=Policy(keep=definition.keep, allow_devices=True, strategy=definition.strategy),
             mount_setattr=definition.mount_setattr,
             stall_s=STALL_S,
         )

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from ghostpool import _linux
 from ghostpool._buildspec import MountSpec, NamespaceSpec, Node
 from ghostpool._linux import Attr
+from ghostpool._planned import Strategy
 from ghostpool.testing._forked import fork
 from ghostpool.testing._namespace import enter
 from ghostpool.testing._targets import built
@@ -49,6 +50,7 @@ class Definition(NamedTuple):
     """Of the target of each mount namespace of the images, from number 10 on; the root included."""
     keep: bool = False
     mount_setattr: bool = True
+    strategy: Strategy = "remount"
     command: tuple[str, ...] = ()
     rebuilt: bool = False
     """The targets are made by the run itself; those here are not used."""
@@ -122,6 +124,7 @@ def definitions() -> list[Definition]:
     return [
         Definition("kinds", _all_kinds, ((_ROOT, data), (_ROOT, other))),
         Definition("mount(2)", _one_mount, ((_ROOT, data),), mount_setattr=False),
+        Definition("detached", _one_mount, ((_ROOT, data),), strategy="detached"),
         Definition("keep", _kept, ((_ROOT, data),), keep=True),
         Definition("command", _one_mount, ((root, data, *programs),), command=("/bin/true",)),
         Definition("rebuilt", _rebuilt, (), rebuilt=True),

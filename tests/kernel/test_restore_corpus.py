@@ -281,10 +281,14 @@ def places_of(tables: Mapping[int, Iterable[LiveMount]]) -> dict[int, tuple[int,
 
 
 def check_report(
-    truth: Truth, report: dict[str, Any], places: Mapping[int, tuple[int, str]], jobs: int
+    truth: Truth,
+    report: dict[str, Any],
+    places: Mapping[int, tuple[int, str]],
+    jobs: int,
+    strategy: str = "remount",
 ) -> None:
     """The report counts what truth.json has, and each mount as often as it was needed."""
-    assert (report["schema"], report["strategy"], report["status"]) == (1, "remount", 0)
+    assert (report["schema"], report["strategy"], report["status"]) == (1, strategy, 0)
     counts = {key: report[key] for key in ("ghosts", "remaps", "tasks", "namespaces")}
     assert counts == {
         "ghosts": len(truth.files),
@@ -313,9 +317,10 @@ def check_report(
     for (number, mountpoint), tasks in openers.items():
         times = int("ro" in truth.flags_of(mountpoint, number))
         key = (truth.image_namespaces[number], mountpoint)
-        wanted[key] = ({"service": times, "task": times}, True)
+        leased = times if strategy == "remount" else 0
+        wanted[key] = ({"service": times, "task": leased}, True)
         most = len(holders[number, mountpoint])
-        leases[key] = range(len(tasks) * times, most * times + 1)
+        leases[key] = range(len(tasks) * leased, most * leased + 1)
     got = {}
     for mount in report["mounts"]:
         key = (mount["namespace"], mount["mountpoint"])
@@ -338,9 +343,9 @@ def finish(served: Served, path: Path) -> dict[str, Any]:
 # -- The two ways -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("jobs", [1, 16])
+@pytest.mark.parametrize(("jobs", "strategy"), [(1, "remount"), (16, "remount"), (16, "detached")])
 @pytest.mark.parametrize("case", CASES)
-def test_into_namespaces_of_the_truth(case: str, jobs: int, tmp_path: Path) -> None:
+def test_into_namespaces_of_the_truth(case: str, jobs: int, strategy: str, tmp_path: Path) -> None:
     """Live namespaces get everything back, and differ from before in nothing at all."""
     truth = truth_of(case)
     specs = specs_from_truth(corpus(case)[1])
@@ -361,6 +366,7 @@ def test_into_namespaces_of_the_truth(case: str, jobs: int, tmp_path: Path) -> N
             for word in ("--ns", f"{truth.image_namespaces[number]}=/proc/{os.getpid()}/fd/{fd}")
         ]
         options = (*targets, *ALLOWED.get(case, ()), "--jobs", jobs, "--report", report)
+        options += ("--strategy", strategy)
         socket = tmp_path / "socket"
         with serving("-D", CORPUS / case / "images", "--serve", socket, *options) as served:
             assert served.tasks == len(truth.tasks)
@@ -368,7 +374,7 @@ def test_into_namespaces_of_the_truth(case: str, jobs: int, tmp_path: Path) -> N
                 check_descriptors(truth, probes, places, taken)
                 document = finish(served, report)
                 assert {number: look(fd) for number, fd in numbers.items()} == before
-        check_report(truth, document, places, jobs)
+        check_report(truth, document, places, jobs, strategy)
         assert {number: look(fd) for number, fd in numbers.items()} == before
 
 

@@ -88,12 +88,16 @@ def images(tmp_path: Path) -> Path:
 
 
 def trace(
-    tmp_path: Path, target: Live, *options: str, mount_setattr: bool = True
+    tmp_path: Path,
+    target: Live,
+    *options: str,
+    mount_setattr: bool = True,
+    strategy: str = "remount",
 ) -> tuple[list[Call], list[Call]]:
     """A restore that succeeds: its calls, and those of them that change mounts."""
     log = tmp_path / "log"
     strace = ["strace", "-f", "-ttt", "-T", "-s", "200", "-e", f"trace={CALLS}", "-o", str(log)]
-    restore = argv_of(images(tmp_path), target, mount_setattr=mount_setattr)
+    restore = argv_of(images(tmp_path), target, mount_setattr=mount_setattr, strategy=strategy)
     before = target.snapshot().without_directory_times()
     done = run_argv([*strace, *options, *restore])
     assert done.status == 0, done
@@ -182,6 +186,29 @@ def test_one_change_and_one_back(tmp_path: Path) -> None:
     assert SET in set_again.arguments
     assert CLEARED in cloned.arguments
     assert_window(calls, cleared, set_again)
+
+
+def test_no_change_with_the_detached_strategy(tmp_path: Path) -> None:
+    """Only the clone is made writable; the task's mount is opened through, and never changed."""
+    with live([target_mount()]) as (target,):
+        calls, changes = trace(tmp_path, target, strategy="detached")
+    of_mounts, (cloned,) = split_clones(calls, changes)
+    assert of_mounts == []
+    assert CLEARED in cloned.arguments
+    used = uses_of_names(calls)
+    assert {name: len(some) for name, some in used.items()} == {
+        "linkat": 2 * TASKS,
+        "openat2": 2 * TASKS,
+        "unlinkat": 2 * TASKS,
+    }
+
+
+def test_the_detached_strategy_falls_back_where_no_clone_can_be_made(tmp_path: Path) -> None:
+    """An unbindable mount is made writable itself, and the run says so."""
+    with live([target_mount(unbindable=True)]) as (target,):
+        calls, changes = trace(tmp_path, target, strategy="detached")
+    assert split_clones(calls, changes) == (changes, [])
+    assert len(changes) == 2
 
 
 def test_one_change_and_one_back_where_no_clone_can_be_made(tmp_path: Path) -> None:

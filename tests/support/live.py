@@ -257,8 +257,16 @@ anyio.run(main, backend="trio")
 """
 
 
-def argv_of(images: Path, target: Live, *, mount_setattr: bool, jobs: int = 4) -> list[str]:
+def argv_of(
+    images: Path,
+    target: Live,
+    *,
+    mount_setattr: bool,
+    jobs: int = 4,
+    strategy: str = "remount",
+) -> list[str]:
     """A command line that restores and discards, with mount_setattr(2) or with mount(2)."""
     if mount_setattr:
-        return command("restore", "-D", images, "-t", target.pid, "--jobs", jobs, "--discard")
+        where = ("-D", images, "-t", target.pid, "--strategy", strategy)
+        return command("restore", *where, "--jobs", jobs, "--discard")
     return [sys.executable, "-c", WITHOUT_MOUNT_SETATTR, str(images), str(jobs), str(target.pid)]
