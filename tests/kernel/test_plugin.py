@@ -251,8 +251,10 @@ def test_errors_for_ever(targets, ghostpool_faults, images):
 def test_deaths(targets, ghostpool_faults, images):
     for victim in ("worker", "guardian", "forkserver"):
         fault = ghostpool_faults.kill("open", "linkat", victim)
-        # A run that is about to end well needs no guardian any more.
-        assert bring_back(images, targets.pids) == (victim == "guardian")
+        done = bring_back(images, targets.pids)
+        # A run that is about to end well needs no guardian any more. Workers die with the fork
+        # server, but one may be faster with its last answer.
+        assert done == (victim == "guardian") or victim == "forkserver"
         assert fault.count == 1
     assert bring_back(images, targets.pids)
 
