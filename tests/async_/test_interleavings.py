@@ -452,8 +452,11 @@ async def test_mounts_are_opened_again_without_a_barrier() -> None:
 
 @pytest.mark.long
 @pytest.mark.anyio
-async def test_everything_in_steps_and_any_fault() -> None:
+async def test_everything_in_steps_and_any_fault(anyio_backend_name: str) -> None:
     explored = await explore_restore(THREE_TASKS, faults=1)
     assert explored.schedules == 67_482_191
     explored = await explore_restore(THREE_TASKS, faults=1, barrier=False)
-    assert explored.schedules == 17_551_909
+    # Under asyncio a change of mounts has a task of its own, which may end a step apart from the
+    # one that waits for it.
+    expected = {"trio": 17_551_909, "asyncio": 17_570_940}
+    assert explored.schedules == expected[anyio_backend_name]
