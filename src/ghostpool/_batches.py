@@ -1,9 +1,11 @@
-"""What creating and opening share: work cut into batches, and the error of a batch that failed."""
+"""What creating and opening share: work spread over slots and cut into batches, and its errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import anyio
 
 from ghostpool._errors import RestoreError, VerificationError
 from ghostpool._mend import kernel_error
@@ -12,6 +14,28 @@ from ghostpool._planned import Plan
 from ghostpool._protocol import Failure
 
 _T = TypeVar("_T")
+
+
+class _Grouped(Protocol):
+    @property
+    def group(self) -> tuple[int, int]: ...
+
+
+_G = TypeVar("_G", bound=_Grouped)
+
+
+async def in_slots(
+    slots: Mapping[tuple[int, int], int],
+    pieces: Iterable[_G],
+    work: Callable[[int, list[_G]], Coroutine[Any, Any, None]],
+) -> None:
+    """Have each slot do its own of `pieces`, in their order, all slots at the same time."""
+    by_slot: dict[int, list[_G]] = {}
+    for piece in pieces:
+        by_slot.setdefault(slots[piece.group], []).append(piece)
+    async with anyio.create_task_group() as group:
+        for slot, own in by_slot.items():
+            group.start_soon(work, slot, own)
 
 
 def failed(failure: Failure, plan: Plan, subject: str) -> RestoreError:

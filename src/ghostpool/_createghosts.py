@@ -10,9 +10,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 
-import anyio
-
-from ghostpool._batches import batches, failed
+from ghostpool._batches import batches, failed, in_slots
 from ghostpool._events import Events, GhostCreated
 from ghostpool._ledger import Ledger
 from ghostpool._paths import text
@@ -48,12 +46,7 @@ class Creator:
 
     async def create(self) -> None:
         """Make every ghost of the plan, and move the directories to their old names."""
-        by_slot: dict[int, list[PlannedGhost]] = {}
-        for planned in self._plan.ghosts.values():
-            by_slot.setdefault(self._slots[planned.group], []).append(planned)
-        async with anyio.create_task_group() as group:
-            for slot, ghosts in by_slot.items():
-                group.start_soon(self._create_in_slot, slot, ghosts)
+        await in_slots(self._slots, self._plan.ghosts.values(), self._create_in_slot)
 
     async def _create_in_slot(self, slot: int, ghosts: list[PlannedGhost]) -> None:
         # What the plan saw may have been replaced since: look directories up anew.

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import anyio
 
-from ghostpool._batches import batches, failed
+from ghostpool._batches import batches, failed, in_slots
 from ghostpool._errors import BarrierBroken
 from ghostpool._events import Events, FileOpened
 from ghostpool._ledger import Ledger
@@ -86,13 +87,8 @@ class Opener:
     async def _open_mine(self, task: int, opens: Sequence[PlannedOpen]) -> None:
         opening = _Opening()
         self._begun.update((planned.opening.file.id, opening) for planned in opens)
-        by_slot: dict[int, list[PlannedOpen]] = {}
-        for planned in opens:
-            by_slot.setdefault(self._slots[planned.group], []).append(planned)
         try:
-            async with anyio.create_task_group() as group:
-                for slot, some in by_slot.items():
-                    group.start_soon(self._open_in_slot, task, slot, some)
+            await in_slots(self._slots, opens, partial(self._open_in_slot, task))
         except BaseException as error:
             opening.error = error
             raise

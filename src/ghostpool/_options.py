@@ -134,13 +134,6 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may run on; psutil is imported only where nobody said --jobs."""
-    import psutil
-
-    return len(psutil.Process().cpu_affinity() or [0])
-
-
 def begin_reading(options: dict[str, Any]) -> Any:
     """Have the images read from now on; the Reading, or the PlanError that the run raises.
 
@@ -156,29 +149,24 @@ def begin_reading(options: dict[str, Any]) -> Any:
 
 def make_request(options: dict[str, Any], reading: Any, keep: bool = False) -> Any:
     """The Request of target options."""
-    from ghostpool._planned import Policy
-    from ghostpool._run import Request
-    from ghostpool._stall import STALL_S
-    from ghostpool._userns import maps_owner
+    from dataclasses import replace
+
+    from ghostpool._request import Options, request_of
 
     numbers = [number for number, _ in options["namespaces"]]
     if len(set(numbers)) != len(numbers):
         raise PlanError("--ns names a mount namespace of the images twice")
-    return Request(
-        images_dir=options["images_dir"],
-        jobs=options["jobs"] or usable_cpus(),
+    given = Options(
         tree=options["tree"],
         namespaces=dict(options["namespaces"]),
         external=dict(options["external"]),
+        jobs=options["jobs"],
+        allow_devices=options["allow_devices"],
+        allow_setuid=options["allow_setuid"],
         max_size=options["max_size"],
-        reading=reading,
-        policy=Policy(
-            allow_devices=options["allow_devices"],
-            allow_setuid=options["allow_setuid"],
-            keep=keep,
-            strategy=options["strategy"],
-            mapped=maps_owner(),
-        ),
-        stall_s=options.get("stall_timeout") or STALL_S,
+        strategy=options["strategy"],
         memory_limit=options.get("memory_limit"),
     )
+    if options.get("stall_timeout"):
+        given["stall_s"] = options["stall_timeout"]
+    return replace(request_of(options["images_dir"], given, keep=keep), reading=reading)
