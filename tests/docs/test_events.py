@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.test_openpool import scene
 from tests.support.docs import Example, examples, run_example
+from tests.support.scene import scene
 
 pytestmark = pytest.mark.needs_mount_ns
 

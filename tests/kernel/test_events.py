@@ -16,9 +16,9 @@ import pytest
 import ghostpool
 from ghostpool import Event, Lost
 from ghostpool._eventfile import FLUSH_S
-from tests.kernel.test_openpool import Scene, look, read, scene
 from tests.support.restore import COMMAND, fetched, start
 from tests.support.restore import ghostpool as run
+from tests.support.scene import Scene, look, read, scene
 
 pytestmark = [pytest.mark.needs_mount_ns, pytest.mark.anyio]
 NAMESPACES, TASKS, FILES = 2, 2, 2

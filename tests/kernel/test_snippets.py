@@ -16,7 +16,8 @@ import pytest
 
 import ghostpool
 from ghostpool._linux import close_all
-from tests.kernel.test_openpool import NAMESPACES, TASKS, Scene, look, scene
+from tests.kernel.test_openpool import NAMESPACES, TASKS
+from tests.support.scene import LOOPS, Scene, look, scene
 
 pytestmark = [pytest.mark.needs_mount_ns, pytest.mark.anyio, pytest.mark.long]
 
@@ -42,10 +43,7 @@ async def bring_up(pool, pid):
 """
 
 
-@pytest.fixture(
-    params=[("trio", {}), ("asyncio", {}), ("asyncio", {"use_uvloop": True})],
-    ids=["trio", "asyncio", "uvloop"],
-)
+@pytest.fixture(params=LOOPS)
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     chosen: tuple[str, dict[str, Any]] = request.param
     return chosen

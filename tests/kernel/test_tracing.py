@@ -22,8 +22,8 @@ from opentelemetry.trace import StatusCode
 import ghostpool
 from ghostpool import _tracing
 from tests.kernel.test_events import FILES, GHOSTS, NAMESPACES, TASKS, restoring
-from tests.kernel.test_openpool import Scene, scene
 from tests.support.restore import ghostpool as run
+from tests.support.scene import Scene, scene
 
 pytestmark = [pytest.mark.needs_mount_ns, pytest.mark.anyio]
 

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 DOCS = Path(__file__).parents[2] / "docs"
 RUN_S = 60
@@ -67,19 +67,8 @@ def run_example(example: Example, directory: Path, replace: Mapping[str, str] | 
     file = directory / (match[1] if match else f"example_{example.line}.py")
     # Where it stands in the page, so that a traceback leads there.
     file.write_text("\n" * (example.line - 1) * (match is None) + code, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", file],
-        cwd=directory,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=RUN_S,
-        check=False,
-    )
-    assert done.returncode == 0, f"{example}: {done.stderr}"
-    if example.output is not None:
-        assert matches(example.output, done.stdout), f"{example} printed:\n{done.stdout}"
-    return done.stdout
+    command = [sys.executable, "-W", "error", str(file)]
+    return _checked(example, command, directory, stderr=subprocess.PIPE)
 
 
 def write_example(example: Example, directory: Path) -> None:
@@ -94,20 +83,27 @@ def type_example(example: Example, directory: Path) -> None:
 
     It is over when nobody has that terminal any more.
     """
+    command = ["sh", "-ec", example.code]
+    _checked(example, command, directory, stderr=subprocess.STDOUT, env=_environment())
+
+
+def _checked(example: Example, command: list[str], directory: Path, **options: Any) -> str:
+    """What a command prints, which is what the page says; it succeeds."""
     done = subprocess.run(
-        ["sh", "-ec", example.code],
+        command,
         cwd=directory,
-        env=_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
         text=True,
         timeout=RUN_S,
         check=False,
+        **options,
     )
-    assert done.returncode == 0, f"{example}: {done.stdout}"
+    printed: str = done.stdout
+    assert done.returncode == 0, f"{example}: {done.stderr or printed}"
     if example.output is not None:
-        assert matches(example.output, done.stdout), f"{example} printed:\n{done.stdout}"
+        assert matches(example.output, printed), f"{example} printed:\n{printed}"
+    return printed
 
 
 @contextmanager
