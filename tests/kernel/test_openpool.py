@@ -491,12 +491,9 @@ async def test_a_refusal_is_a_plan_error_in_a_group(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("times", [1, 2, 5])
-async def test_cancelled_by_asyncio_itself(
-    tmp_path: Path, anyio_backend_name: str, times: int
-) -> None:
+@pytest.mark.parametrize("anyio_backend", LOOPS[1:])
+async def test_cancelled_by_asyncio_itself(tmp_path: Path, times: int) -> None:
     """Task.cancel() knows no scopes, and may come again while everything is undone."""
-    if anyio_backend_name != "asyncio":
-        return
     with scene(tmp_path, 2, 4) as made:
         before, descriptors = look(made.targets), open_numbers()
 
