@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import anyio
@@ -14,6 +14,7 @@ from ghostpool._planned import Plan
 from ghostpool._protocol import Failure
 
 _T = TypeVar("_T")
+_M = TypeVar("_M")
 
 
 class _Grouped(Protocol):
@@ -36,6 +37,34 @@ async def in_slots(
     async with anyio.create_task_group() as group:
         for slot, own in by_slot.items():
             group.start_soon(work, slot, own)
+
+
+async def one_ahead(
+    pieces: Iterable[_T],
+    prepare: Callable[[_T], Awaitable[_M]],
+    carry_out: Callable[[_T, _M], Awaitable[None]],
+) -> None:
+    """Prepare each piece and carry it out, in order; the next is prepared in the meantime.
+
+    What is prepared goes into the journal while a worker is busy, so that neither waits for the
+    other. The first failure ends both.
+    """
+    upcoming = iter(pieces)
+    piece = next(upcoming, None)
+    if piece is None:
+        return
+    made = [await prepare(piece)]
+
+    async def prepare_next(following: _T) -> None:
+        made.append(await prepare(following))
+
+    while piece is not None:
+        following = next(upcoming, None)
+        async with anyio.create_task_group() as group:
+            if following is not None:
+                group.start_soon(prepare_next, following)
+            await carry_out(piece, made.pop(0))
+        piece = following
 
 
 def failed(failure: Failure, plan: Plan, subject: str) -> RestoreError:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 
-from ghostpool._batches import batches, failed, in_slots
+from ghostpool._batches import batches, failed, in_slots, one_ahead
 from ghostpool._events import Events, GhostCreated
 from ghostpool._ledger import Ledger
 from ghostpool._paths import text
@@ -52,21 +53,28 @@ class Creator:
         # What the plan saw may have been replaced since: look directories up anew.
         await self._pool.call(slot, "forget_directories")
         ghosts.sort(key=lambda planned: planned.mount.namespace.target.index)
-        for batch in batches(ghosts, _BATCH, content_of, _BYTES):
-            await self._create_batch(slot, batch)
+        await one_ahead(
+            batches(ghosts, _BATCH, content_of, _BYTES),
+            partial(self._prepare, slot),
+            partial(self._create_batch, slot),
+        )
         # An outer directory has its name before an inner one is moved into it.
         directories = sorted((g for g in ghosts if g.final), key=lambda g: g.depth)
         for planned in directories:
             await self._place(slot, planned)
 
-    async def _create_batch(self, slot: int, ghosts: Sequence[PlannedGhost]) -> None:
+    async def _prepare(self, slot: int, ghosts: Sequence[PlannedGhost]) -> list[CreateOp]:
         await self._ledger.creating(ghosts, slot)
-        request = [tuple(self._create_op(planned)) for planned in ghosts]
+        return [self._create_op(planned) for planned in ghosts]
+
+    async def _create_batch(
+        self, slot: int, ghosts: Sequence[PlannedGhost], operations: list[CreateOp]
+    ) -> None:
         try:
             answers, _ = await self._pool.call(
                 slot,
                 "create",
-                request,
+                [tuple(operation) for operation in operations],
                 target=ghosts[0].mount.namespace.target.index,
                 mounts={planned.mount.service for planned in ghosts},
                 fds=[self._pool.images],

@@ -12,7 +12,7 @@ from functools import partial
 
 import anyio
 
-from ghostpool._batches import batches, failed, in_slots
+from ghostpool._batches import batches, failed, in_slots, one_ahead
 from ghostpool._errors import BarrierBroken
 from ghostpool._events import Events, FileOpened
 from ghostpool._ledger import Ledger
@@ -97,12 +97,19 @@ class Opener:
 
     async def _open_in_slot(self, task: int, slot: int, opens: list[PlannedOpen]) -> None:
         opens.sort(key=lambda planned: planned.opening.mount.namespace.target.index)
-        for batch in batches(opens, _BATCH):
-            await self._open_batch(task, slot, batch)
+        await one_ahead(
+            batches(opens, _BATCH),
+            partial(self._prepare, slot),
+            partial(self._open_batch, task, slot),
+        )
 
-    async def _open_batch(self, task: int, slot: int, opens: Sequence[PlannedOpen]) -> None:
+    async def _prepare(self, slot: int, opens: Sequence[PlannedOpen]) -> list[OpenOp]:
         await self._ledger.linking(opens, slot)
-        operations = [self._open_op(planned) for planned in opens]
+        return [self._open_op(planned) for planned in opens]
+
+    async def _open_batch(
+        self, task: int, slot: int, opens: Sequence[PlannedOpen], operations: list[OpenOp]
+    ) -> None:
         handles = {MountHandle(op.link) for op in operations}
         handles |= {MountHandle(op.live) for op in operations}
         try:
