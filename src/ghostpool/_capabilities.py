@@ -93,6 +93,7 @@ NEEDED: dict[str, int] = {
     "place": _NAMES,
     "open": _NAMES,
     "open_kept": _NAMES,
+    "open_discarded": _NAMES,
     "remove": _NAMES,
 }
 """What each request of a worker needs; one that is not here needs nothing."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Collection, Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Literal, NamedTuple
@@ -49,7 +49,7 @@ class Owed(NamedTuple):
     key: Key
     target: int
     mount: MountHandle
-    removals: tuple[RemoveOp, ...] = ()
+    removals: list[RemoveOp] = []  # noqa: RUF012  never changed where it is empty
     """Empty: the mount itself is owed."""
     anchor: Anchor | None = None
     """Where the names are."""
@@ -65,6 +65,8 @@ class Guard:
         self._name = name
         self._owed: set[Key] = set()
         """For the case that the guardian is not there to be asked."""
+        self._settled: list[Key] = []
+        """What is not told yet."""
         self._lock_fd = -1
 
     @classmethod
@@ -146,6 +148,7 @@ class Guard:
         """Returns when it is in the journal. WorkerDied, KernelError: nothing may be changed."""
         if not records:
             return
+        settled, self._settled = self._settled, []
         request = [
             (
                 record.key,
@@ -160,9 +163,15 @@ class Guard:
         mounts = {record.mount: self._pool.mounts[record.mount] for record in records}
         self._owed.update(record.key for record in records)
         try:
-            await self._worker.call("owe", request, namespaces=targets, mounts=mounts)
+            await self._worker.call("owe", request, settled, namespaces=targets, mounts=mounts)
         except WorkerFailure as error:
             raise self._not_written(error) from error
+
+    def settle_later(self, keys: Iterable[Key]) -> None:
+        """These are undone; it is told with what is owed next, or never, since it is harmless to
+        undo twice."""
+        self._owed.difference_update(keys)
+        self._settled += keys
 
     async def settle(self, keys: Collection[Key] | Literal["names"], *, must: bool = False) -> None:
         """These are undone, or were never done; or all names are.

@@ -20,7 +20,7 @@ from typing import Any
 from ghostpool import _linux
 from ghostpool._capabilities import GUARDIAN, Cap, Capabilities
 from ghostpool._identity import all_ended, start_time
-from ghostpool._journal import Debts, JournalFile
+from ghostpool._journal import Debt, Debts, JournalFile
 from ghostpool._mountwork import GONE
 from ghostpool._protocol import BlockingChannel, EndOfStream
 from ghostpool._worker import Worker
@@ -58,8 +58,11 @@ class Guardian(Worker):
         self._step = "dup"
         out.append(os.dup(self._journal.fileno()))
 
-    def _owe(self, _: list[int], records: list[tuple[Any, ...]]) -> None:
+    def _owe(self, _: list[int], records: list[tuple[Any, ...]], settled: list[Any]) -> None:
         assert self._journal is not None
+        if settled:
+            self._debts.settle(settled)
+            self._note("settle", settled)
         self._journal.append("owe", records, sync=True)
         self._debts.owe(records)
 
@@ -99,10 +102,10 @@ class Guardian(Worker):
         """Undo everything that is owed; what resists does not stop the rest."""
         if self._journal is None:
             return
-        owed = len(self._debts)
+        owed = sum(map(_changes, self._debts.values()))
         workers_ended = self._await_workers() if owed else True
         said: list[str] = []
-        undone: list[Any] = []
+        undone = 0
         busy: list[Any] = []
         for keys in self._together():
             try:
@@ -110,14 +113,15 @@ class Guardian(Worker):
             except Exception as error:  # noqa: BLE001  nobody is left to raise it to
                 said.append(f"{keys[0]}: {error!r}")
                 continue
+            undone += sum(_changes(self._debts[key]) for key in done)
             if workers_ended:
                 self._settle([], done)
-            undone += done
             busy += [key for key in keys if key[0] == "mount" and key not in done]
         give_up = time.monotonic() + BUSY_S
         while busy and time.monotonic() < give_up:
             time.sleep(0.05)
-            undone += (done := [key for key in busy if self._again(key)])
+            done = [key for key in busy if self._again(key)]
+            undone += len(done)
             if workers_ended:
                 self._settle([], done)
             busy = [key for key in busy if key not in done]
@@ -129,7 +133,7 @@ class Guardian(Worker):
         os.close(self._journal.fileno())
         if owed:
             advice = ": run ghostpool recover" if self._debts else ""
-            counts = f"undone: {len(undone)}, not yet: {owed - len(undone)}"
+            counts = f"undone: {undone}, not yet: {owed - undone}"
             said.append(f"the run ended abruptly; {counts}{advice}")
         for line in said:
             _say(line)
@@ -138,14 +142,16 @@ class Guardian(Worker):
         """Keys in the order of undoing; names of one target side by side, since a request waits
         for an exchanged directory once."""
         batch: list[Any] = []
+        changes = 0
         for key in self._debts.undoing():
             debt = self._debts[key]
             last = self._debts[batch[-1]] if batch else debt
             alone = debt.kind == "mount" or last.kind == "mount" or last.target != debt.target
-            if batch and (alone or len(batch) >= _BATCH):
+            if batch and (alone or changes >= _BATCH):
                 yield batch
-                batch = []
+                batch, changes = [], 0
             batch.append(key)
+            changes += _changes(debt)
         if batch:
             yield batch
 
@@ -180,6 +186,11 @@ class Guardian(Worker):
         """Whether the mount is read-only again, or gone."""
         (answer,) = self._requests["make_read_only"]([], [handle])
         return answer is None or answer[0] in GONE
+
+
+def _changes(debt: Debt) -> int:
+    """How many changes are to be undone for it."""
+    return 1 if debt.kind == "mount" else len(debt.what)
 
 
 def _say(text: str) -> None:

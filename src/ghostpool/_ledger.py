@@ -8,14 +8,14 @@ are the same walk, backwards, through the service side of the mounts, which need
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import anyio
 
 from ghostpool._apart import apart
 from ghostpool._errors import GhostpoolError, RevertError, WorkerHung
-from ghostpool._guard import Guard, Owed
+from ghostpool._guard import Guard, Key, Owed
 from ghostpool._journal import Anchor
 from ghostpool._mend import left_behind, recover_command
 from ghostpool._model import MountHandle, live_of
@@ -38,6 +38,8 @@ class _Temporary:
     created: Created | None = None
     placed: Placed | None = None
     placing: bool = False
+    moved: bool = False
+    """It has become the old name of its only open, and is gone with that."""
 
 
 class Ledger:
@@ -51,18 +53,42 @@ class Ledger:
         self._mounts = mounts
         self._temporaries: dict[int, _Temporary] = {}
         self._links: dict[int, tuple[PlannedOpen, int]] = {}
+        self._serial = 0
         self._hung: set[int] = set()
         """Superblocks that a worker was lost on: nobody else is sent there, and what was made
         there stays owed."""
 
     def __len__(self) -> int:
-        return len(self._temporaries) + len(self._links)
+        waiting = sum(1 for one in self._temporaries.values() if not one.moved)
+        return waiting + len(self._links)
 
     async def creating(self, ghosts: Sequence[PlannedGhost], slot: int) -> None:
         """A request to create these ghosts is about to be sent to a slot."""
-        made = [_Temporary(planned, slot) for planned in ghosts]
-        self._temporaries.update((one.planned.ghost.id, one) for one in made)
-        await self._guard.owe([_owed(one) for one in made])
+        places: dict[tuple[MountHandle, bytes], list[PlannedGhost]] = {}
+        for planned in ghosts:
+            self._temporaries[planned.ghost.id] = _Temporary(planned, slot)
+            places.setdefault((planned.mount.service, planned.directory), []).append(planned)
+        await self._guard.owe([self._owed_together(some) for some in places.values()])
+
+    def _owed_together(self, ghosts: Sequence[PlannedGhost]) -> Owed:
+        """One debt for all temporaries of a directory that are made at a time."""
+        first = ghosts[0]
+        mount, directory = first.mount.service, first.directory
+        removals = [
+            RemoveOp(mount, directory, ghost.name, bool(ghost.final), 0, 0, (), None)
+            for ghost in ghosts
+        ]
+        return Owed(
+            self._new_key(),
+            first.mount.namespace.target.index,
+            mount,
+            removals,
+            Anchor(directory, *first.group),
+        )
+
+    def _new_key(self) -> Key:
+        self._serial += 1
+        return "names", self._serial
 
     def created(self, planned: PlannedGhost, result: Created) -> None:
         """The ghost is there, with this identity."""
@@ -92,27 +118,51 @@ class Ledger:
             raise RuntimeError(f"ghost {ghost_id:x} has not been created")
         return result
 
-    async def linking(self, opens: Sequence[PlannedOpen], slot: int) -> None:
-        """A request that gives ghosts their old names for a moment is about to be sent."""
-        self._links.update((planned.opening.file.id, (planned, slot)) for planned in opens)
-        await self._guard.owe(
-            [
-                Owed(
-                    key=("link", planned.opening.file.id),
-                    target=planned.opening.mount.namespace.target.index,
-                    mount=planned.opening.mount.service,
-                    removals=tuple(self._link_ops(planned)),
-                    anchor=_anchor_of(planned),
-                )
-                for planned in opens
-            ]
-        )
+    async def linking(self, opens: Sequence[PlannedOpen], slot: int) -> list[Key]:
+        """A request that gives ghosts their old names for a moment is about to be sent.
 
-    async def unlinked(self, opens: Sequence[PlannedOpen]) -> None:
-        """The worker answered: the names and their parents are gone."""
+        Returns under which keys that is owed, for `opened`.
+        """
+        debts: dict[Hashable, Owed] = {}
         for planned in opens:
-            self._links.pop(planned.opening.file.id, None)
-        await self._guard.settle([("link", planned.opening.file.id) for planned in opens])
+            opening = planned.opening
+            self._links[opening.file.id] = planned, slot
+            # Those that share a directory are owed together, but each that has parents to be
+            # removed after it alone.
+            place = (opening.mount.handle, opening.site.directory)
+            debt = debts.get(place)
+            if debt is None:
+                debt = Owed(
+                    self._new_key(),
+                    opening.mount.namespace.target.index,
+                    opening.mount.service,
+                    [],
+                    _anchor_of(planned),
+                )
+                debts[debt.key if planned.missing else place] = debt
+            debt.removals.extend(self._link_ops(planned))
+        await self._guard.owe([*debts.values()])
+        return [debt.key for debt in debts.values()]
+
+    def opened(
+        self,
+        opens: Sequence[PlannedOpen],
+        moved: Sequence[bool],
+        keys: Sequence[Key],
+        *,
+        keep: bool,
+    ) -> None:
+        """The worker answered: the names and their parents are gone, unless they are to be kept.
+
+        `moved`: for each, whether its temporary became the old name.
+        """
+        for planned, was_moved in zip(opens, moved, strict=True):
+            if was_moved:
+                self._temporaries[planned.opening.ghost.id].moved = True
+            if not keep:
+                self._links.pop(planned.opening.file.id, None)
+        if not keep:
+            self._guard.settle_later(keys)
 
     async def settle(self, *, kept: bool = False) -> None:
         """Everything is undone, or has succeeded: what is still there is to stay.
@@ -155,7 +205,7 @@ class Ledger:
             key=lambda t: (bool(t.planned.final), -t.planned.depth),
         )
         for temporary in temporaries:
-            if keep and temporary.planned.final:
+            if temporary.moved or (keep and temporary.planned.final):
                 continue
             target = temporary.planned.mount.namespace.target.index
             operations = by_slot.setdefault(temporary.slot, [])
@@ -306,24 +356,26 @@ class Ledger:
             if line not in told:
                 told.append(line)
 
-    def _link_ops(self, planned: PlannedOpen) -> Iterable[RemoveOp]:
+    def _link_ops(self, planned: PlannedOpen) -> list[RemoveOp]:
         """The old name may be there, and parents that were missing; through the service side."""
         mount = planned.opening.mount
-        created = self.result(planned.opening.ghost.id)
+        device, inode = self.result(planned.opening.ghost.id)
         directory = planned.opening.site.directory
-        parents = directory.split(b"/")[-planned.missing :] if planned.missing else []
-        for number, name in enumerate(planned.names):
-            last = number == len(planned.names) - 1
-            yield RemoveOp(
-                mount=mount.service,
-                directory=directory,
-                name=name,
-                is_directory=False,
-                device=created.device,
-                inode=created.inode,
-                parents=tuple(parents) if last else (),
-                times=None,
+        parents = tuple(directory.split(b"/")[-planned.missing :]) if planned.missing else ()
+        last = planned.names[-1]
+        return [
+            RemoveOp(
+                mount.service,
+                directory,
+                name,
+                False,
+                device,
+                inode,
+                parents if name is last else (),
+                None,
             )
+            for name in planned.names
+        ]
 
 
 def _owed(temporary: _Temporary) -> Owed:
@@ -332,7 +384,7 @@ def _owed(temporary: _Temporary) -> Owed:
         key=("ghost", planned.ghost.id),
         target=planned.mount.namespace.target.index,
         mount=planned.mount.service,
-        removals=tuple(_temporary_ops(temporary)),
+        removals=list(_temporary_ops(temporary)),
         anchor=Anchor(planned.directory, *planned.group),
     )
 

@@ -36,8 +36,8 @@ class Counts:
     mounts: int
     """Each may get a private clone."""
     opens: int
-    held: bool
-    """The opened files are held until the end."""
+    held: int
+    """Opened files that are held until the end."""
     directories: int
     tasks: int
     most_of_task: int
@@ -68,12 +68,11 @@ def needs(counts: Counts, jobs: int, consumers: Consumers | None) -> dict[str, i
     """The most descriptors of each kind of process, by its name."""
     workers = min(jobs, max(counts.namespaces, counts.directories, 1))
     worked_on = counts.namespaces + 2 * counts.mounts
-    held = counts.opens if counts.held else 0
-    delivery = _COORDINATOR + counts.namespaces + held
+    delivery = _COORDINATOR + counts.namespaces + counts.held
     if consumers == "commands":
         delivery += counts.tasks
     # Socket and pidfd of each worker, and of the guardian.
-    restore = _COORDINATOR + worked_on + held + 2 * (workers + 1)
+    restore = _COORDINATOR + worked_on + counts.held + 2 * (workers + 1)
     if consumers == "sockets":
         # The same of each consumer, and of those who have not said which task is theirs.
         restore += 2 * (counts.tasks + STRANGERS)

@@ -7,25 +7,33 @@ and the others wait for that.
 from __future__ import annotations
 
 import stat
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Final
 
 import anyio
 
 from ghostpool._batches import batches, failed, in_slots, one_ahead
 from ghostpool._errors import BarrierBroken
 from ghostpool._events import Events, FileOpened
+from ghostpool._guard import Key
 from ghostpool._ledger import Ledger
 from ghostpool._mend import left_behind
 from ghostpool._model import MountHandle, RegId
 from ghostpool._paths import join, relative_to, text
-from ghostpool._planned import Plan, PlannedOpen
+from ghostpool._planned import Files, Plan, PlannedGhost, PlannedOpen
 from ghostpool._pool import WorkerPool
-from ghostpool._protocol import Opened, OpenOp
+from ghostpool._protocol import OpenOp
 from ghostpool._restored import Restored
 from ghostpool._workerclient import WorkerFailure
 
-_BATCH = 128
+_BATCH = 256
+_REQUESTS: Final[dict[Files, str]] = {
+    "held": "open",
+    "kept": "open_kept",
+    "discarded": "open_discarded",
+}
 
 
 class _Opening:
@@ -49,7 +57,7 @@ class Opener:
         events: Events,
         *,
         keep: bool,
-        hold: bool,
+        files: Files,
     ) -> None:
         self._plan = plan
         self._pool = pool
@@ -58,7 +66,10 @@ class Opener:
         self._restored = restored
         self._events = events
         self._keep = keep
-        self._hold = hold
+        self._files = files
+        opened = Counter(planned.opening.ghost.id for planned in plan.opens)
+        self._shared = {ghost for ghost, count in opened.items() if count > 1}
+        self._places: dict[tuple[object, ...], tuple[bytes, bytes]] = {}
         self._begun: dict[RegId, _Opening] = {}
 
     def not_begun(self, opens: Iterable[PlannedOpen]) -> list[PlannedOpen]:
@@ -103,20 +114,26 @@ class Opener:
             partial(self._open_batch, task, slot),
         )
 
-    async def _prepare(self, slot: int, opens: Sequence[PlannedOpen]) -> list[OpenOp]:
-        await self._ledger.linking(opens, slot)
-        return [self._open_op(planned) for planned in opens]
+    async def _prepare(
+        self, slot: int, opens: Sequence[PlannedOpen]
+    ) -> tuple[list[OpenOp], list[Key]]:
+        keys = await self._ledger.linking(opens, slot)
+        return [self._open_op(planned) for planned in opens], keys
 
     async def _open_batch(
-        self, task: int, slot: int, opens: Sequence[PlannedOpen], operations: list[OpenOp]
+        self,
+        task: int,
+        slot: int,
+        opens: Sequence[PlannedOpen],
+        prepared: tuple[list[OpenOp], list[Key]],
     ) -> None:
+        operations, keys = prepared
         handles = {MountHandle(op.link) for op in operations}
         handles |= {MountHandle(op.live) for op in operations}
         try:
             answers, fds = await self._pool.call(
                 slot,
-                # Whoever wants them when they are kept has the names.
-                "open" if self._hold else "open_kept",
+                _REQUESTS[self._files],
                 [tuple(operation) for operation in operations],
                 target=opens[0].opening.mount.namespace.target.index,
                 mounts=handles,
@@ -124,15 +141,19 @@ class Opener:
         except WorkerFailure as error:
             name = text(opens[max(0, error.failure.at)].opening.file.name)
             raise failed(error.failure, self._plan, name) from error
-        if self._hold:
-            ids = (planned.opening.file.id for planned in opens)
-            self._restored.fds.update(zip(ids, fds, strict=True))
-        for planned, fields in zip(opens, answers, strict=True):
-            opened = Opened(*fields)
-            left = (left_behind(planned.opening.mount, path) for path in opened.left)
-            self._restored.left.extend(left)
-        if not self._keep:
-            await self._ledger.unlinked(opens)
+        if self._files != "kept":
+            held = (
+                planned.opening.file.id
+                for planned, operation in zip(opens, operations, strict=True)
+                if self._files == "held" or not operation.move
+            )
+            self._restored.fds.update(zip(held, fds, strict=True))
+        self._restored.opened += len(opens)
+        for planned, (_, left) in zip(opens, answers, strict=True):
+            mount = planned.opening.mount
+            self._restored.left.extend(left_behind(mount, path) for path in left)
+        moved = [operation.move for operation in operations]
+        self._ledger.opened(opens, moved, keys, keep=self._keep)
         if self._events:
             for planned in opens:
                 self._events.send(
@@ -145,36 +166,54 @@ class Opener:
 
     def _open_op(self, planned: PlannedOpen) -> OpenOp:
         opening = planned.opening
-        placed = self._plan.ghosts[opening.ghost.id]
-        created = self._ledger.result(opening.ghost.id)
-        operation = OpenOp(
-            link=planned.link,
-            temp_directory=b"",
-            temp_name=b"",
-            link_directory=b"",
-            live=opening.mount.handle,
-            live_directory=opening.site.directory,
-            names=planned.names,
-            flags=opening.flags,
-            position=-1 if opening.file.position is None else opening.file.position,
-            device=created.device,
-            inode=created.inode,
-            mode=opening.ghost.mode,
-            size=self._size_to_check(opening.file.size, opening.ghost.mode),
-            keep=self._keep,
-        )
+        ghost = opening.ghost
+        placed = self._plan.ghosts[ghost.id]
+        live_directory, names = opening.site.directory, planned.names
+        temp_directory, temp_name, link_directory = b"", b"", b""
         if placed.final:
             # Directories have their name already, and it is found inside the file system.
             place = join(placed.mount.root, placed.final_directory)
-            return operation._replace(
-                live_directory=relative_to(place, opening.mount.root),
-                names=(self._ledger.final_name(opening.ghost.id),),
-            )
-        return operation._replace(
-            temp_directory=relative_to(placed.place, planned.link_root),
-            temp_name=placed.name,
-            link_directory=relative_to(opening.site.path, planned.link_root),
+            live_directory = relative_to(place, opening.mount.root)
+            names = (self._ledger.final_name(ghost.id),)
+        else:
+            temp_name = placed.name
+            temp_directory, link_directory = self._seen_from_link(planned, placed)
+        device, inode = self._ledger.result(ghost.id)
+        position = opening.file.position
+        return OpenOp(
+            planned.link,
+            temp_directory,
+            temp_name,
+            link_directory,
+            opening.mount.handle,
+            live_directory,
+            names,
+            opening.flags,
+            -1 if position is None else position,
+            device,
+            inode,
+            ghost.mode,
+            self._size_to_check(opening.file.size, ghost.mode),
+            self._keep,
+            bool(temp_name) and ghost.id not in self._shared,
         )
+
+    def _seen_from_link(self, planned: PlannedOpen, placed: PlannedGhost) -> tuple[bytes, bytes]:
+        """Directories of the temporary and of the old name, as the mount of the link has them."""
+        site = planned.opening.site
+        key = (
+            placed.mount.handle,
+            placed.directory,
+            planned.link,
+            site.mount.mnt_id,
+            site.directory,
+        )
+        if key not in self._places:
+            self._places[key] = (
+                relative_to(placed.place, planned.link_root),
+                relative_to(site.path, planned.link_root),
+            )
+        return self._places[key]
 
     @staticmethod
     def _size_to_check(size: int | None, mode: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from typing import Any
 
 from ghostpool import _linux
@@ -23,25 +24,55 @@ class OpenWork(Work):
 
     def do_open(self, out: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
         """Link, open, check, unlink; the descriptors go back in order."""
-        done: list[Any] = []
-        for index, fields in enumerate(operations):
-            operation = OpenOp(*fields)
-            path = operation.live_directory + b"/" + operation.names[0]
-            try:
-                self._step = "openat2"
-                done.append(tuple(self._open(operation, out)))
-            except Mismatch as error:
-                raise Failed(index, 0, str(error), path, operation.live) from error
-            except OSError as error:
-                code = error.errno or errno.EIO
-                raise Failed(index, code, self._step, path, operation.live) from error
-        return done
+        return self._each(operations, self._open, out)
 
     def do_open_kept(self, _: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
         """The same for files that stay by name: what was opened to be checked is closed here."""
         opened: list[int] = []
         try:
             return self.do_open(opened, operations)
+        finally:
+            _linux.close_all(opened)
+
+    def do_open_discarded(self, out: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
+        """The same for files that nobody takes: what has lost its last name is closed at once.
+
+        Descriptors of ghosts that others open too go back: they have a name for a while yet.
+        """
+        return self._each(operations, self._open_and_close, out)
+
+    def _each(
+        self,
+        operations: list[tuple[Any, ...]],
+        open_one: Callable[[OpenOp, list[int]], Opened],
+        out: list[int],
+    ) -> list[Any]:
+        done: list[Any] = []
+        for index, fields in enumerate(operations):
+            operation = OpenOp(*fields)
+            try:
+                self._step = "openat2"
+                done.append(tuple(open_one(operation, out)))
+            except (Mismatch, OSError) as error:
+                path = operation.live_directory + b"/" + operation.names[0]
+                if isinstance(error, Mismatch):
+                    raise Failed(index, 0, str(error), path, operation.live) from error
+                code = error.errno or errno.EIO
+                raise Failed(index, code, self._step, path, operation.live) from error
+        return done
+
+    def _open_and_close(self, operation: OpenOp, out: list[int]) -> Opened:
+        opened: list[int] = []
+        try:
+            result = self._open(operation, opened)
+            if operation.move:
+                self._step = "fstat"
+                links = os.fstat(opened[0]).st_nlink
+                if links:
+                    raise Mismatch(f"number of names: another process has given it {links}")
+            else:
+                out.append(opened.pop())
+            return result
         finally:
             _linux.close_all(opened)
 
@@ -87,14 +118,10 @@ class OpenWork(Work):
         last = len(operation.names) - 1
         for number, name in enumerate(operation.names):
             try:
-                self._step = "linkat"
-                os.link(
-                    operation.temp_name,
-                    name,
-                    src_dir_fd=source,
-                    dst_dir_fd=link_to,
-                    follow_symlinks=False,
-                )
+                if operation.move:
+                    self._move(operation, source, link_to, name)
+                else:
+                    self._make_link(source, operation.temp_name, link_to, name)
             except FileExistsError:
                 if operation.keep and self._has_identity(operation, link_to, name):
                     break
@@ -104,25 +131,48 @@ class OpenWork(Work):
                 break
         return number
 
+    def _move(self, operation: OpenOp, source: int, to: int, new: bytes) -> None:
+        old = operation.temp_name
+        try:
+            self._step = "renameat2"
+            _linux.renameat2(source, old, to, new, _linux.RENAME_NOREPLACE)
+        except OSError as error:
+            # Not every file system can rename and leave alone what is there.
+            if error.errno != errno.EINVAL:
+                raise
+            self._make_link(source, old, to, new)
+            if self._has_identity(operation, source, old):
+                self._step = "unlinkat"
+                os.unlink(old, dir_fd=source)
+
+    def _make_link(self, source: int, old: bytes, to: int, new: bytes) -> None:
+        self._step = "linkat"
+        os.link(old, new, src_dir_fd=source, dst_dir_fd=to, follow_symlinks=False)
+
     def _has_identity(self, operation: OpenOp, directory: int, name: bytes) -> bool:
         self._step = "fstatat"
         status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         return (status.st_dev, status.st_ino) == (operation.device, operation.inode)
 
     def _unlink_own(self, operation: OpenOp, directory: int, name: bytes) -> None:
-        """Also if something else had the temporary name when it was linked: it still has that."""
+        """Also if something else had the temporary name when it was linked: it still has that, or
+        gets it back."""
         try:
             self._undo_step = "fstatat"
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
             own = (status.st_dev, status.st_ino) == (operation.device, operation.inode)
-            if own or self._is_link(operation, status):
+            source = self._directories.open(operation.link, operation.temp_directory)
+            if operation.move and not own:
+                self._undo_step = "renameat2"
+                old = operation.temp_name
+                _linux.renameat2(directory, name, source, old, _linux.RENAME_NOREPLACE)
+            elif own or self._is_link(operation, source, status):
                 self._undo_step = "unlinkat"
                 os.unlink(name, dir_fd=directory)
         except OSError:
             pass
 
-    def _is_link(self, operation: OpenOp, new: os.stat_result) -> bool:
-        source = self._directories.open(operation.link, operation.temp_directory)
+    def _is_link(self, operation: OpenOp, source: int, new: os.stat_result) -> bool:
         self._undo_step = "fstatat"
         old = os.stat(operation.temp_name, dir_fd=source, follow_symlinks=False)
         return os.path.samestat(old, new)

@@ -184,7 +184,7 @@ def _counts(mounts: int) -> Counts:
         namespaces=1,
         mounts=mounts,
         opens=0,
-        held=False,
+        held=0,
         directories=0,
         tasks=0,
         most_of_task=0,

@@ -39,6 +39,7 @@ from ghostpool._mountinfo import LiveMount
 from ghostpool._needs import Counts
 from ghostpool._paths import is_below, join, relative_to, text
 from ghostpool._planned import (
+    Files,
     Opening,
     Plan,
     PlannedGhost,
@@ -48,6 +49,7 @@ from ghostpool._planned import (
     Policy,
     Privileged,
     Refusal,
+    opened_once,
 )
 from ghostpool._protocol import Look
 
@@ -205,8 +207,8 @@ class Planner:
                 if base is not None:
                     self._planned(*base)
 
-    def counts(self, held: bool) -> Counts:
-        """How much there is to hold open; `held`: the files themselves too."""
+    def counts(self, files: Files) -> Counts:
+        """How much there is to hold open; of the files themselves, what `files` says."""
         numbers = [
             [d.number for d in task.descriptors if d.reg_id in self._openings]
             for task in self._images.tasks
@@ -215,12 +217,19 @@ class Planner:
             namespaces=len({n.target.index for n in self._namespaces.values()}),
             mounts=len(self._plan.mounts),
             opens=len(self._openings),
-            held=held,
+            held=self._held(files),
             directories=len(self._wanted),
             tasks=len(self._images.tasks),
             most_of_task=max(map(len, numbers), default=0),
             highest_number=max((number for some in numbers for number in some), default=-1),
         )
+
+    def _held(self, files: Files) -> int:
+        if files == "held":
+            return len(self._openings)
+        if files == "kept":
+            return 0
+        return sum(len(some) for some in self._by_ghost.values() if not opened_once(some))
 
     # -- step two -------------------------------------------------------------------------------
 

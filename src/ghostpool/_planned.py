@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import stat
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,6 +24,10 @@ from ghostpool._paths import join, text
 Strategy = Literal["remount", "detached"]
 """How a task's read-only mount takes the old name of a ghost: it is made writable for that long, or
 the name is made through its private writable clone and only opened through the mount itself."""
+
+Files = Literal["held", "kept", "discarded"]
+"""What becomes of a file that was opened: its descriptor is held for whoever takes it; or the file
+stays by name, for nobody in particular; or it was only to be opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +139,14 @@ class PlannedOpen:
     """How many components of the directory are missing now."""
     group: tuple[int, int]
     """Identity of the directory that it happens in: all work there is one worker's."""
+
+
+def opened_once(openings: Sequence[Opening]) -> bool:
+    """Whether a ghost with these opens can be moved to its old name, since nobody else needs it.
+
+    Directories are moved before.
+    """
+    return len(openings) == 1 and not stat.S_ISDIR(openings[0].ghost.mode)
 
 
 @dataclass(frozen=True, slots=True)

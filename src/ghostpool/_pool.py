@@ -34,7 +34,18 @@ INSIST_STALL_S = 6.0
 """Seconds without a sign of life that it may take: to ask another one does no harm."""
 INSIST = 3
 """How many workers may die of undoing one thing before it is given up."""
-_HEAVY = frozenset(("mountinfo", "open_mounts", "clone", "look", "create", "open", "open_kept"))
+_HEAVY = frozenset(
+    (
+        "mountinfo",
+        "open_mounts",
+        "clone",
+        "look",
+        "create",
+        "open",
+        "open_kept",
+        "open_discarded",
+    )
+)
 """Requests that wait while the run is over its bound of memory."""
 _NAMED = 3
 """Mounts that are named where a worker hangs."""

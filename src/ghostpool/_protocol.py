@@ -158,6 +158,8 @@ class OpenOp(NamedTuple):
     size: int
     """-1: the image does not say."""
     keep: bool
+    move: bool = False
+    """Nobody else opens this ghost: the old name takes the place of the temporary one."""
 
 
 class Opened(NamedTuple):

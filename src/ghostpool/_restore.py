@@ -28,7 +28,7 @@ from ghostpool._mend import mend_command, recover_command
 from ghostpool._model import MountHandle, Pid
 from ghostpool._mountkernel import PoolMounts
 from ghostpool._openfiles import Opener
-from ghostpool._planned import Plan, PlannedTask
+from ghostpool._planned import Files, Plan, PlannedTask
 from ghostpool._pool import WorkerPool
 from ghostpool._restored import Restored
 from ghostpool._slots import assign_slots
@@ -55,7 +55,7 @@ class Restoration:
         guard: Guard,
         *,
         keep: bool = False,
-        hold: bool = True,
+        files: Files = "held",
         own_owner: bool = False,
         events: Events = NOBODY,
     ) -> None:
@@ -79,7 +79,7 @@ class Restoration:
         slots = assign_slots(self._weights(), pool.jobs)
         self._creator = Creator(plan, pool, self._ledger, slots, events, own_owner=own_owner)
         self._opener = Opener(
-            plan, pool, self._ledger, slots, self.restored, events, keep=keep, hold=hold
+            plan, pool, self._ledger, slots, self.restored, events, keep=keep, files=files
         )
         self._by_file = {planned.opening.file.id: planned for planned in plan.opens}
         self._entered: set[int] = set()

@@ -40,7 +40,7 @@ from ghostpool._memory import MemoryBound
 from ghostpool._model import Images, MountHandle, NsId
 from ghostpool._needs import Consumers
 from ghostpool._plan import Planner
-from ghostpool._planned import Plan, Policy
+from ghostpool._planned import Files, Plan, Policy
 from ghostpool._pool import WorkerPool
 from ghostpool._process import BuildFailed, ForkServer
 from ghostpool._reading import read_apart
@@ -91,9 +91,11 @@ class Request:
     """Bytes that the run may take before further work waits; None: as many as it needs."""
 
     @property
-    def holds(self) -> bool:
-        """The opened files are held until the end: unless they are kept by name and for nobody."""
-        return not (self.policy.keep and self.consumers == "nobody")
+    def files(self) -> Files:
+        """What becomes of an opened file."""
+        if self.consumers != "nobody":
+            return "held"
+        return "kept" if self.policy.keep else "discarded"
 
 
 @dataclass(slots=True)
@@ -134,7 +136,7 @@ class Prepared:
                 self.identities,
                 guard,
                 keep=self.request.policy.keep,
-                hold=self.request.holds,
+                files=self.request.files,
                 own_owner=self.request.policy.own_owner,
                 events=self.events,
             )
@@ -205,7 +207,7 @@ class Session:
         report.usage = restored.usage
         for server in self._servers:
             server.released()
-        log.info("restored: %d open files", len(restored.fds))
+        log.info("restored: %d open files", restored.opened)
 
     async def _let_go(self) -> None:
         await self._stack.aclose()
@@ -248,7 +250,7 @@ async def prepared(
     begun = time.monotonic()
 
     def admit(planner: Planner) -> None:
-        _needs.check(planner.counts(request.holds), request.jobs, request.consumers, hard)
+        _needs.check(planner.counts(request.files), request.jobs, request.consumers, hard)
 
     def conclude() -> None:
         report.elapsed_s = time.monotonic() - begun

@@ -28,7 +28,7 @@ from ghostpool._mounttable import MountTable
 from ghostpool._mountwork import GONE
 from ghostpool._namespaces import find_namespaces
 from ghostpool._paths import is_below, join, relative_to, text
-from ghostpool._pool import WorkerPool
+from ghostpool._pool import INSIST_S, WorkerPool
 from ghostpool._process import ForkServer
 from ghostpool._protocol import OTHER, REMOVED, Look, MountFacts, Removed, RemoveOp
 from ghostpool._survey import read_tables
@@ -36,6 +36,8 @@ from ghostpool._targets import Target
 from ghostpool._workerclient import WorkerFailure
 
 _JOBS = 8
+_NAME_S = 0.5
+"""Seconds that each name may take: a slow file system is not a hung one."""
 _RDONLY = int(_linux.Attr.RDONLY)
 _T = TypeVar("_T")
 
@@ -273,6 +275,7 @@ class Undoing:
                 [tuple(operation) for operation in moved],
                 target=place.target,
                 mounts=[service],
+                deadline_s=INSIST_S + _NAME_S * len(operations),
             )
         return self._said(where, label, [Removed(*fields) for fields in answers])
 

@@ -63,6 +63,7 @@ class Worker(Work):
             "place": creating.do_place,
             "open": opening.do_open,
             "open_kept": opening.do_open_kept,
+            "open_discarded": opening.do_open_discarded,
             "remove": RemoveWork(directories).do_remove,
             "finish": _last_words,
         }

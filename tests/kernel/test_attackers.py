@@ -219,14 +219,15 @@ def test_what_was_moved_there_is_not_moved_on(bench: Bench) -> None:
     assert os.listdir(bench.path / "parent") == ["name"]
 
 
-def linking(temporary: Path) -> OpenOp:
-    """Open a ghost that has only its temporary name so far, by a link with its old one."""
+def linking(temporary: Path, *, move: bool) -> OpenOp:
+    """Open a ghost that has only its temporary name so far, by giving it its old one."""
     opening = opening_of(temporary)
-    return opening._replace(temp_name=temporary.name.encode(), names=(b"name",))
+    return opening._replace(temp_name=temporary.name.encode(), names=(b"name",), move=move)
 
 
+@pytest.mark.parametrize("move", [False, True])
 def test_a_file_that_has_the_name_by_now_is_not_unlinked(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, move: bool
 ) -> None:
     """A program of the container writes its file anew, by rename, between open and unlink."""
     temporary = bench.path / ".ghostpool-1"
@@ -243,23 +244,28 @@ def test_a_file_that_has_the_name_by_now_is_not_unlinked(
 
     monkeypatch.setattr(OpenWork, "_open_checked", checked)
     out: list[int] = []
-    bench.opening._open(linking(temporary), out)
+    bench.opening._open(linking(temporary, move=move), out)
     assert os.read(out[0], 10) == b"ghost"
     os.close(out[0])
     assert name.read_bytes() == b"anew"
 
 
-@pytest.mark.parametrize("decoy", ["file", "symlink", "fifo"])
-def test_a_temporary_that_was_exchanged_leaves_no_link(bench: Bench, decoy: str) -> None:
-    """The link was to another file, which keeps its own name."""
+@pytest.mark.parametrize("move", [False, True])
+@pytest.mark.parametrize("decoy", ["file", "symlink", "fifo", "directory"])
+def test_a_temporary_that_was_exchanged_leaves_no_link(
+    bench: Bench, decoy: str, move: bool
+) -> None:
+    """The old name was another file's, which keeps its own name or gets it back."""
     temporary = bench.path / ".ghostpool-1"
     temporary.write_bytes(b"ghost")
-    operation = linking(temporary)
+    operation = linking(temporary, move=move)
     temporary.rename(bench.path / "aside")
     if decoy == "file":
         temporary.write_bytes(b"decoy")
     elif decoy == "fifo":
         os.mkfifo(temporary)
+    elif decoy == "directory":
+        temporary.mkdir()
     else:
         temporary.symlink_to("/etc/passwd")
     with pytest.raises((Mismatch, OSError)):
@@ -390,5 +396,6 @@ def test_every_path_of_a_worker(tmp_path: Path) -> None:
             names = paths[1:] if call == "symlinkat" else paths
             assert not any("/" in name or name in (".", "..") for name in names), line
     assert seen["openat2"] > len(GHOSTS)
-    assert seen["linkat"] == len(GHOSTS) - 1  # all but the directory
+    # Each has one open: the directory and all others are moved to their old names.
+    assert (seen["renameat2"], seen["linkat"]) == (len(GHOSTS), 0)
     assert seen["execve"] == 0

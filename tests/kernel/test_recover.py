@@ -180,13 +180,13 @@ def test_json(scene: Scene) -> None:
     scene.assert_as_before()
 
 
-@pytest.mark.parametrize("kind", ["create", "make_writable", "open", "make_read_only", "remove"])
+@pytest.mark.parametrize("kind", ["create", "make_writable", "open", "make_read_only", "settle"])
 @pytest.mark.parametrize("mount_setattr", [True, False])
 def test_the_next_restore_does_it_first(scene: Scene, kind: str, mount_setattr: bool) -> None:
     scene.crash(kind, mount_setattr=mount_setattr)
     done = run("restore", "-D", scene.images, "-t", scene.target.pid, "--discard")
     assert done.status == 0, done
-    if kind != "remove":
+    if kind != "settle":
         assert "left by run " in done.err
     scene.assert_as_before()
     assert journals() == []

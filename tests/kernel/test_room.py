@@ -156,9 +156,19 @@ def restore_filled(
     assert seen >= number
 
 
+def shared_images(ghosts: int) -> ImageSet:
+    """Each ghost is opened by two files, so it keeps its temporary name beside its old ones."""
+    made = images_with()
+    for number in range(ghosts):
+        ghost = made.ghost(b"x")
+        made.open(1, 3 + 2 * number, f"/data/gone-{number}", ghost=ghost)
+        made.open(1, 4 + 2 * number, f"/data/also-{number}", ghost=ghost)
+    return made
+
+
 FILLED: dict[str, tuple[str, str, Callable[[], ImageSet]]] = {
     "content": ("create", "size", lambda: images_with(*[bytes(1 << 20)] * 20)),
-    "names": ("open", "nr_inodes", lambda: images_with(*[b"x"] * 300)),
+    "names": ("open", "nr_inodes", lambda: shared_images(200)),
 }
 
 
