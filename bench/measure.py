@@ -41,6 +41,8 @@ class Answer:
     samples: dict[str, list[float]]
     """Seconds, by rival, in the order in which they were taken."""
     notes: list[str] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+    """The named numbers that targets are judged by; see bench/targets.py."""
 
     def markdown(self) -> str:
         """A heading and a table."""
@@ -53,7 +55,21 @@ class Answer:
 
     def document(self) -> dict[str, Any]:
         """For the JSON file."""
-        return {"name": self.name, "question": self.question, "seconds": self.samples}
+        return {
+            "name": self.name,
+            "question": self.question,
+            "columns": list(self.columns),
+            "rows": [list(row) for row in self.rows],
+            "notes": self.notes,
+            "figures": self.figures,
+            "seconds": self.samples,
+        }
+
+    @classmethod
+    def of_document(cls, document: dict[str, Any]) -> Answer:
+        """The answer that `document` was made of."""
+        fields = dict(document)
+        return cls(samples=fields.pop("seconds"), **fields)
 
 
 def alternate(title: str, rivals: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
