@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +46,7 @@ _MODE = 0o100644
 _ATIME_S = 1_600_000_000
 _MTIME_S = 1_500_000_000
 _PIECE = 1 << 20
+_PIECES = 512  # that are written at once: half of what writev(2) takes
 
 
 class Place(NamedTuple):
@@ -75,11 +77,27 @@ class Shape:
     """Writable binds of a directory of the root file system, per namespace."""
     base: bytes = b""
     """Directory that all mount points but the root's are below; absolute, or b"" for "/"."""
+    extents: int = 0
+    """Pieces of data in each ghost, evenly apart, with holes between them; 0: it has no holes."""
+    extent: int = 4096
+    """Bytes of each of them."""
 
     @property
     def mounts_in_all(self) -> int:
         """Mounts of one namespace, its root included."""
         return 1 + self.mounts + self.further_mounts
+
+    @property
+    def data(self) -> list[tuple[int, int]]:
+        """Offset and length of what is not a hole in a ghost."""
+        if not self.extents:
+            return [(0, self.size)]
+        apart = self.size // self.extents
+        return [(number * apart, self.extent) for number in range(self.extents)]
+
+    def namespace_id(self, namespace: int) -> int:
+        """The number that the images give to a mount namespace."""
+        return _FIRST_NAMESPACE + namespace
 
     def mountpoint(self, mount: int) -> bytes:
         """Of a read-only mount."""
@@ -112,8 +130,9 @@ def name_of(ghost: int) -> bytes:
 
 
 def content_of(shape: Shape) -> bytes:
-    """What is in a ghost, up to the first mebibyte; larger ones repeat it."""
-    return bytes(range(251)) * (min(shape.size, _PIECE) // 251 + 1)
+    """What a piece of data in a ghost begins with, a mebibyte at most; larger ones repeat it."""
+    largest = max(length for _, length in shape.data)
+    return bytes(range(251)) * (min(largest, _PIECE) // 251 + 1)
 
 
 def write_images(directory: Path, shape: Shape) -> None:
@@ -125,6 +144,10 @@ def write_images(directory: Path, shape: Shape) -> None:
         raise ValueError("at least one namespace, mount and task, and no negative size")
     if shape.namespaces * shape.mounts_in_all >= 1 << 20:
         raise ValueError("a device number has 20 bits for its minor")
+    if shape.extents and not (
+        shape.size >= _CHUNKED_FROM and 0 < shape.extent <= shape.size // shape.extents
+    ):
+        raise ValueError("holes need a ghost in chunks, and pieces of data that fit into it")
     directory.mkdir()
     _Writer(directory, shape).write()
 
@@ -169,7 +192,7 @@ class _Writer:
         self._save("inventory", "inventory.img", [_message(*self._inventory())])
         for namespace in range(self._shape.namespaces):
             mounts = self._mounts(namespace)
-            name = f"mountpoints-{_FIRST_NAMESPACE + namespace}.img"
+            name = f"mountpoints-{self._shape.namespace_id(namespace)}.img"
             self._save("mountpoints", name, mounts[::-1])  # criu lists children first
         files = bytearray(_head("files"))
         self._tasks(files)
@@ -239,7 +262,8 @@ class _Writer:
             pstree.append(_message((1, pid), (2, parent), (3, 1), (4, 1), (5, pid)))
             state = _message((1, _ALIVE), (2, 0), (6, b"task"))
             self._save("core", f"core-{pid}.img", [_message((1, 1), (3, state))])
-            ids = [(n, pid) for n in (1, 2, 3, 4)] + [(9, _FIRST_NAMESPACE + namespace), (10, 1)]
+            ids = [(n, pid) for n in (1, 2, 3, 4)]
+            ids += [(9, self._shape.namespace_id(namespace)), (10, 1)]
             self._save("ids", f"ids-{pid}.img", [_message(*ids)])
             self._save("fs", f"fs-{pid}.img", [_message((1, root), (2, root), (3, 0o22))])
             self._save("mm", f"mm-{pid}.img", [_message((1, 0), (12, exe))])
@@ -300,10 +324,9 @@ class _Writer:
         mtime = _message((1, _MTIME_S), (2, 2))
         chunked = shape.size >= _CHUNKED_FROM
         after = _message((7, atime), (8, mtime))
-        chunk = b""
         if chunked:
             after += _message((9, 1), (10, shape.size))
-            chunk = _record(_message((1, shape.size), (2, 0)))
+        body = list(_body(shape, chunked))
         devices = [
             [
                 _message((1, _OWNER), (2, _OWNER), (3, _MODE), (4, self._mount_id(n, 1 + m)))
@@ -313,9 +336,6 @@ class _Writer:
         ]
         head = _head("ghost-file")
         pack = struct.Struct("<I").pack
-        content = content_of(shape)
-        whole, rest = divmod(shape.size, _PIECE)
-        pieces = [content[:_PIECE]] * whole + [content[:rest]]
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         directory = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -323,16 +343,27 @@ class _Writer:
                 place = shape.place(ghost)
                 before = devices[place.namespace][place.mount]
                 entry = b"%b\x28%b%b" % (before, _varint(1000 + ghost), after)
-                start = b"%b%b%b%b" % (head, pack(len(entry)), entry, chunk)
+                start = b"%b%b%b" % (head, pack(len(entry)), entry)
                 fd = os.open(b"ghost-file-%x.img" % (1 + ghost), flags, 0o644, dir_fd=directory)
                 try:
-                    os.writev(fd, (start, pieces[0]))
-                    for piece in pieces[1:]:
-                        os.write(fd, piece)
+                    os.writev(fd, (start, *body[:_PIECES]))
+                    for at in range(_PIECES, len(body), _PIECES):
+                        os.writev(fd, body[at : at + _PIECES])
                 finally:
                     os.close(fd)
         finally:
             os.close(directory)
+
+
+def _body(shape: Shape, chunked: bool) -> Iterator[bytes]:
+    """What follows the entry of a ghost, in pieces."""
+    content = content_of(shape)
+    for offset, length in shape.data:
+        if chunked:
+            yield _record(_message((1, length), (2, offset)))
+        whole, rest = divmod(length, _PIECE)
+        yield from [content[:_PIECE]] * whole
+        yield content[:rest]
 
 
 def _file(own: int, name: bytes, mount: int, flags: int, mode: int, size: int | None) -> bytes:

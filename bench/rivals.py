@@ -1,9 +1,10 @@
-"""The rivals: ghostpool's own command, and what an administrator can do with a shell.
+"""The rivals: ghostpool's own command, one process in C, and what a shell can do.
 
-The shell gets its ghosts as plain files with owner and times, already taken out of the images,
-and nobody holds what it restores: it does less than ghostpool, which is in its favour. In bulk it
-enters the namespace once and copies, links and removes all ghosts of a mount at a time; one by
-one it enters the namespace for each ghost and opens it, too.
+The program in C does the whole job, from the images to the last name that is gone. The shell gets
+its ghosts as plain files with owner and times, already taken out of the images, and nobody holds
+what it restores: it does less than ghostpool, which is in its favour. In bulk it enters the
+namespace once and copies, links and removes all ghosts of a mount at a time; one by one it enters
+the namespace for each ghost and opens it, too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,18 @@ from bench.scene import BenchError
 
 _OWNER = 1000
 _TIMES = (1_600_000_000, 1_500_000_000)
+
+_COMPILE = ("cc", "-O2", "-Wall", "-Wextra")
+
+_LIBRARY = """
+import sys
+import anyio
+import ghostpool
+async def main(images, jobs, pid, strategy):
+    async with ghostpool.restore(images, tree=int(pid), jobs=int(jobs), strategy=strategy):
+        pass
+anyio.run(main, *sys.argv[1:4], sys.argv[5], backend=sys.argv[4])
+"""
 
 # $1 directory of the mount points, $2 directory of the plain files; both hold one per mount.
 _BULK = """
@@ -53,11 +66,58 @@ done
 """
 
 
-def ghostpool(images: Path, *, jobs: int, pid: int | None = None) -> list[str]:
-    """The whole command; without `pid` it rebuilds the namespaces from the images."""
-    target = [] if pid is None else ["-t", str(pid)]
+def ghostpool(
+    images: Path,
+    *,
+    jobs: int,
+    pid: int | None = None,
+    pids: Sequence[int] = (),
+    strategy: str = "remount",
+    keep: bool = False,
+) -> list[str]:
+    """The whole command.
+
+    `pid` or `pids`: whose mount namespaces those of the images are, in their order; without any
+    it rebuilds them from the images.
+    """
     command = [sys.executable, "-m", "ghostpool", "restore", "-D", str(images), "-j", str(jobs)]
-    return [*command, *target, "--discard"]
+    for target in _targets(pids if pid is None else [pid]):
+        command += ["--ns", target]
+    return [*command, "--strategy", strategy, "--keep" if keep else "--discard"]
+
+
+def library(
+    images: Path, *, jobs: int, pid: int, backend: str, strategy: str = "remount"
+) -> list[str]:
+    """The same from a program that has the descriptors for a moment, on an event loop."""
+    arguments = [str(images), str(jobs), str(pid), backend, strategy]
+    return [sys.executable, "-c", _LIBRARY, *arguments]
+
+
+def compile_c(scratch: Path) -> Path:
+    """The program in C, compiled once for each scratch directory. BenchError: it can not be."""
+    program = scratch / "rival"
+    if not program.exists():
+        run([*_COMPILE, "-o", str(program), str(Path(__file__).with_name("rival.c"))])
+    return program
+
+
+def c(
+    program: Path,
+    images: Path,
+    *,
+    pid: int | None = None,
+    pids: Sequence[int] = (),
+    strategy: str = "clone",
+    keep: bool = False,
+) -> list[str]:
+    """One process in C for the whole job: bench/rival.c. `strategy` is clone or remount."""
+    targets = _targets(pids if pid is None else [pid])
+    return [str(program), strategy, "keep" if keep else "discard", str(images), *targets]
+
+
+def _targets(pids: Sequence[int]) -> list[str]:
+    return [f"{Shape(0).namespace_id(number)}={pid}" for number, pid in enumerate(pids)]
 
 
 def shell_bulk(pid: int, shape: Shape, files: Path) -> list[str]:
@@ -88,7 +148,17 @@ def write_files(directory: Path, shape: Shape) -> Path:
 
 def run(command: Sequence[str]) -> None:
     """Run a command to its end. BenchError: it failed."""
-    done = subprocess.run(
+    try:
+        done = _finished(command)
+    except OSError as error:
+        raise BenchError(f"{command[0]}: {error.strerror}") from error
+    if done.returncode:
+        shown = " ".join(command[:8]).replace("\n", " ")
+        raise BenchError(f"{shown} …: status {done.returncode}: {done.stderr.strip()[-500:]}")
+
+
+def _finished(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -97,6 +167,3 @@ def run(command: Sequence[str]) -> None:
         errors="replace",
         check=False,
     )
-    if done.returncode:
-        shown = " ".join(command[:8]).replace("\n", " ")
-        raise BenchError(f"{shown} …: status {done.returncode}: {done.stderr.strip()[-500:]}")

@@ -2,8 +2,9 @@
 
 Nothing here mounts in the caller's own namespace. A child leaves it first, and what it mounts
 ends with it; the caller's file system only lends an empty directory as the mount point.
-A live namespace is a process that holds read-only tmpfs mounts; it is looked at again when it is
-given up, since a rival that leaves a mount writable or a file behind has not done the same work.
+A live namespace is a process that holds read-only mounts, each a tmpfs of its own or, to measure
+another file system, a bind of a directory of that. It is looked at again when it is given up,
+since a rival that leaves a mount writable or a file behind has not done the same work.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -73,42 +75,66 @@ def _become(body: Callable[[Path], None], scratch: str) -> NoReturn:
 
 
 @contextmanager
-def live_namespace(shape: Shape) -> Iterator[int]:
-    """Pid of a process in a mount namespace of its own, with the mounts of `shape` in it.
+def live_namespaces(shape: Shape, backing: Path | None = None) -> Iterator[list[int]]:
+    """Pids of processes in a mount namespace each, with the mounts of `shape` in them.
 
-    To be used in a private namespace, from which it inherits the rest. Binds are those of the
-    file system that holds `shape.base`. BenchError: what was run in it left something behind.
+    To be used in a private namespace, from which they inherit the rest. Further mounts are binds
+    of the file system that holds `shape.base`; the read-only ones are of `backing`, if it is
+    given. BenchError: what was run in them left something behind.
     """
     for number in range(shape.mounts):
         os.makedirs(shape.mountpoint(number), exist_ok=True)
     for number in range(shape.further_mounts):
         os.makedirs(shape.further_mountpoint(number), exist_ok=True)
     os.makedirs(shape.shared_directory, exist_ok=True)
+    with ExitStack() as stack:
+        pids = [
+            stack.enter_context(_process(shape, number, backing))
+            for number in range(shape.namespaces)
+        ]
+        yield pids
+        for pid in pids:
+            _check_untouched(pid, shape)
+
+
+@contextmanager
+def live_namespace(shape: Shape, backing: Path | None = None) -> Iterator[int]:
+    """As `live_namespaces`, for the first namespace of `shape` alone."""
+    with live_namespaces(replace(shape, namespaces=1), backing) as (pid,):
+        yield pid
+
+
+@contextmanager
+def _process(shape: Shape, number: int, backing: Path | None) -> Iterator[int]:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _hold(shape, writer)
+        _hold(shape, writer, backing and backing / str(number))
     os.close(writer)
     try:
         with open(reader, "rb") as pipe:
             if pipe.read(1) != b"+":
                 raise BenchError("the live mount namespace could not be made")
         yield pid
-        _check_untouched(pid, shape)
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
 
-def _hold(shape: Shape, writer: int) -> NoReturn:
+def _hold(shape: Shape, writer: int, backing: Path | None) -> NoReturn:
     try:
         _linux.prctl(_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
         _linux.unshare(_linux.CLONE_NEWNS)
         for number in range(shape.mounts):
             point = shape.mountpoint(number)
-            _linux.mount(b"ghosts", point, b"tmpfs", 0)
+            if backing is None:
+                _linux.mount(b"ghosts", point, b"tmpfs", 0)
+            else:
+                shown = os.fsencode(backing) + b"/" + os.path.basename(point)
+                os.makedirs(shown, exist_ok=True)
+                _linux.mount(shown, point, None, _linux.MS_BIND)
             for directory in range(shape.directories):
-                os.mkdir(point + shape.directory(directory))
+                os.makedirs(point + shape.directory(directory), exist_ok=True)
             read_only = _linux.MS_REMOUNT | _linux.MS_BIND | _linux.MS_RDONLY
             _linux.mount(None, point, None, read_only)
         for number in range(shape.further_mounts):

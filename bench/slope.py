@@ -2,22 +2,64 @@
 
 A whole command has a start that does not grow with the ghosts and would hide what does. So each
 rival restores few ghosts and many into one live namespace, and the slope between the two is
-compared: difference of the medians over difference of the counts.
+compared: difference of the medians over difference of the counts, and for the figures the median
+of the ratios of single rounds.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 from bench import rivals
 from bench.images import Shape, write_images
-from bench.measure import Answer, Run, Setting, alternate, ratio
+from bench.measure import Answer, Run, Setting, alternate
+from bench.ratios import median_ratio, slopes
 from bench.scene import live_namespace
 
 _MOUNTS = 10
-_REFERENCE = "ghostpool, 1 job"
+_REFERENCE = "C, one process"
+_REMOUNTING = "C, one process, remounting"
+_BULK = "shell, bulk"
+_ONE_BY_ONE = "shell, one by one"
+
+
+@dataclass(frozen=True, slots=True)
+class _Ghostpool:
+    """One way of running it."""
+
+    jobs: int
+    strategy: str = "remount"
+    backend: str | None = None
+    """Event loop of a program that uses the library; None: the command."""
+
+    @property
+    def name(self) -> str:
+        """As in the tables."""
+        number = f"{self.jobs} job{'s' if self.jobs > 1 else ''}"
+        what = "ghostpool" if self.backend is None else f"library on {self.backend}"
+        return f"{what}, {number}" + (", detached" if self.strategy == "detached" else "")
+
+    def command(self, images: Path, pid: int) -> list[str]:
+        """What restores the images."""
+        if self.backend is None:
+            return rivals.ghostpool(images, jobs=self.jobs, pid=pid, strategy=self.strategy)
+        return rivals.library(
+            images, jobs=self.jobs, pid=pid, backend=self.backend, strategy=self.strategy
+        )
+
+
+def _ways(quick: bool) -> Iterator[_Ghostpool]:
+    for strategy in ("remount", "detached"):
+        for jobs in (1, 2) if quick else (1, 2, 4, 16):
+            yield _Ghostpool(jobs, strategy)
+    if not quick:
+        yield _Ghostpool(1, backend="trio")
+        yield _Ghostpool(1, backend="asyncio")
 
 
 def measure(setting: Setting) -> Answer:
@@ -28,6 +70,8 @@ def measure(setting: Setting) -> Answer:
     home = setting.scratch / "slope"
     home.mkdir()
     base = bytes(home / "live")
+    program = rivals.compile_c(setting.scratch)
+    notes = ["The shell has its files at hand outside of images, and holds nothing open."]
     with live_namespace(Shape(0, mounts=_MOUNTS, base=base)) as pid:
         runs: dict[str, Run] = {}
         counts: dict[str, tuple[int, int]] = {}
@@ -36,19 +80,21 @@ def measure(setting: Setting) -> Answer:
             images = home / f"images-{ghosts}"
             write_images(images, shape)
             files = rivals.write_files(home / f"files-{ghosts}", shape)
-            for jobs in (1, 2):
-                name = _REFERENCE if jobs == 1 else f"ghostpool, {jobs} jobs"
+            commands = {
+                _REFERENCE: rivals.c(program, images, pid=pid),
+                _REMOUNTING: rivals.c(program, images, pid=pid, strategy="remount"),
+            }
+            for way in _ways(setting.quick):
+                commands[way.name] = way.command(images, pid)
+            commands[_BULK] = rivals.shell_bulk(pid, shape, files)
+            for name, command in commands.items():
                 counts[name] = (few, many)
-                command = rivals.ghostpool(images, jobs=jobs, pid=pid)
                 runs[_key(name, ghosts)] = partial(rivals.run, command)
-            counts["shell, bulk"] = (few, many)
-            command = rivals.shell_bulk(pid, shape, files)
-            runs[_key("shell, bulk", ghosts)] = partial(rivals.run, command)
-        counts["shell, one by one"] = one_by_one
+        counts[_ONE_BY_ONE] = one_by_one
         for ghosts in one_by_one:
-            runs[_key("shell, one by one", ghosts)] = _one_by_one(pid, home, base, ghosts)
+            runs[_key(_ONE_BY_ONE, ghosts)] = _one_by_one(pid, home, base, ghosts)
         samples = alternate("slope", runs, setting.rounds)
-    return _answer(samples, counts)
+    return _answer(samples, counts, notes)
 
 
 def _one_by_one(pid: int, home: Path, base: bytes, ghosts: int) -> Run:
@@ -61,27 +107,42 @@ def _key(rival: str, ghosts: int) -> str:
     return f"{rival}: {ghosts} ghosts"
 
 
-def _answer(samples: dict[str, list[float]], counts: dict[str, tuple[int, int]]) -> Answer:
-    slopes: dict[str, float] = {}
-    by_round: dict[str, list[float]] = {}
-    for name, (few, many) in counts.items():
-        low, high = samples[_key(name, few)], samples[_key(name, many)]
-        slopes[name] = (median(high) - median(low)) / (many - few) * 1e6
-        by_round[name] = [(h - lo) / (many - few) * 1e6 for lo, h in zip(low, high, strict=True)]
-    rows = [
-        (
-            ratio(slopes[name], slopes[_REFERENCE]),
-            name,
-            f"{slopes[name]:,.1f} ({min(by_round[name]):,.1f}–{max(by_round[name]):,.1f})",
-            f"{few:,} → {many:,}",
-        )
+def _answer(
+    samples: dict[str, list[float]], counts: dict[str, tuple[int, int]], notes: list[str]
+) -> Answer:
+    by_round = {
+        name: slopes(samples[_key(name, few)], samples[_key(name, many)], many - few)
         for name, (few, many) in counts.items()
-    ]
-    return Answer(
+    }
+    ratios = {name: median_ratio(values, by_round[_REFERENCE]) for name, values in by_round.items()}
+    rows = []
+    for name, (few, many) in counts.items():
+        singles = [value * 1e6 for value in by_round[name]]
+        slope = _slope(samples, name, few, many) * 1e6
+        rows.append(
+            (
+                "–" if math.isnan(ratios[name]) else f"{ratios[name]:.2f}",
+                name,
+                f"{slope:,.1f} ({min(singles):,.1f}–{max(singles):,.1f})",
+                f"{few:,} → {many:,}",
+            )
+        )
+    answer = Answer(
         "slope",
         f"microseconds per further ghost of 4 KiB on {_MOUNTS} read-only tmpfs mounts",
         (f"over {_REFERENCE}", "rival", "µs per ghost (of single rounds)", "ghosts"),
         rows,
         samples,
-        ["The shell has its files at hand outside of images, and holds nothing open."],
+        notes,
     )
+    for name, value in ratios.items():
+        kind, _, way = name.partition(", ")
+        if kind == "ghostpool" and not math.isnan(value):
+            jobs, _, strategy = way.partition(", ")
+            answer.figures[f"{jobs} over C" + (strategy and f", {strategy}")] = value
+    return answer
+
+
+def _slope(samples: dict[str, list[float]], name: str, few: int, many: int) -> float:
+    low, high = samples[_key(name, few)], samples[_key(name, many)]
+    return (median(high) - median(low)) / (many - few)

@@ -9,13 +9,15 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bench import rivals
 from bench.images import Shape, content_of, name_of, write_images
 from bench.measure import alternate
-from bench.scene import in_private_namespace, live_namespace
+from bench.scene import in_private_namespace, live_namespace, live_namespaces, read_mountinfo
 from ghostpool._images import read_images
 
 CHECKOUT = Path(__file__).parents[2]
@@ -29,6 +31,7 @@ SHAPES = [
     Shape(7, namespaces=1, mounts=2, further_mounts=150, size=12287),
     Shape(3, mounts=1, size=12288),
     Shape(2, mounts=1, size=(1 << 20) + 5),
+    Shape(2, mounts=1, size=1 << 30, extents=4, extent=8192),
 ]
 
 
@@ -87,6 +90,30 @@ def test_content_of_generated_ghosts(size: int, tmp_path: Path) -> None:
         assert bytes(data) == expected
 
 
+def test_generated_holes_are_read(tmp_path: Path) -> None:
+    """A ghost with holes takes no more room than its data, in the image as in the file."""
+    shape = Shape(1, mounts=1, size=1 << 30, extents=4, extent=8192)
+    write_images(tmp_path / "images", shape)
+    (ghost,) = read_images(tmp_path / "images").ghosts.values()
+    assert ghost.size == 1 << 30
+    assert [(extent.offset, extent.length) for extent in ghost.extents] == [
+        (number << 28, 8192) for number in range(4)
+    ]
+    image = (tmp_path / "images" / ghost.file).read_bytes()
+    for extent in ghost.extents:
+        part = image[extent.position : extent.position + extent.length]
+        assert part == content_of(shape)[:8192]
+
+
+@pytest.mark.parametrize(
+    "shape", [Shape(1, size=4096, extents=2), Shape(1, size=1 << 20, extents=300)]
+)
+def test_holes_that_do_not_fit(shape: Shape, tmp_path: Path) -> None:
+    """What no dump could have is refused."""
+    with pytest.raises(ValueError, match="holes need a ghost in chunks"):
+        write_images(tmp_path / "images", shape)
+
+
 def test_ghosts_are_spread_evenly() -> None:
     """Every namespace, mount, directory and task gets its share."""
     shape = Shape(480, namespaces=2, mounts=3, directories=4, tasks=5)
@@ -140,18 +167,112 @@ def test_start_runs_to_its_end(tmp_path: Path) -> None:
     assert all(len(v) == 1 and v[0] > 0 for v in answer["seconds"].values())
 
 
+@pytest.mark.long
+@pytest.mark.needs_cc
 def test_slope_restores_with_every_rival(tmp_path: Path) -> None:
     """ghostpool and both shells run in one live namespace, which is looked at afterwards."""
-    done = bench(tmp_path, "--only", "slope", "--rounds", "1", "--ghosts", "12", "24")
+    done = bench(tmp_path, "--quick", "--only", "slope", "--rounds", "1", "--ghosts", "12", "24")
     assert done.returncode == 0, done.stderr
     (answer,) = json.loads((tmp_path / "samples.json").read_text())["answers"]
-    rivals = {name.partition(":")[0] for name in answer["seconds"]}
-    assert rivals == {
+    names = {name.partition(":")[0] for name in answer["seconds"]}
+    assert names >= {
+        "C, one process",
+        "C, one process, remounting",
         "ghostpool, 1 job",
-        "ghostpool, 2 jobs",
+        "ghostpool, 2 jobs, detached",
         "shell, bulk",
         "shell, one by one",
     }
+
+
+C_SHAPES = [
+    Shape(40, namespaces=2, mounts=3, directories=2, size=4096),
+    Shape(3, mounts=1, size=0),
+    Shape(2, mounts=2, size=12287),
+    Shape(2, mounts=2, size=(3 << 20) + 5),
+    Shape(2, mounts=1, size=64 << 20, extents=7, extent=(1 << 20) + 3),
+]
+
+
+@pytest.mark.needs_cc
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("strategy", ["clone", "remount"])
+@pytest.mark.parametrize("shape", C_SHAPES, ids=str)
+def test_the_program_in_c_restores(shape: Shape, strategy: str) -> None:
+    """Everything that it is said to do is done: content, owner, mode, times, names; mounts back."""
+
+    def body(scratch: Path) -> None:
+        there = replace(shape, base=bytes(scratch / "live"))
+        program = rivals.compile_c(scratch)
+        write_images(scratch / "images", there)
+        with live_namespaces(there) as pids:
+            found = [mounts_of(pid) for pid in pids]
+            for keep in (False, True):
+                command = rivals.c(
+                    program, scratch / "images", pids=pids, strategy=strategy, keep=keep
+                )
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                assert done.stdout == f"{there.ghosts} ghosts\n"
+            assert [mounts_of(pid) for pid in pids] == found
+            for number in range(there.ghosts):
+                check_and_remove(there, number, pids[there.place(number).namespace])
+
+    assert in_private_namespace(body) == 0
+
+
+def mounts_of(pid: int) -> list[list[bytes]]:
+    """The mount points of a namespace, with their options."""
+    return [line.split(b" ")[4:6] for line in read_mountinfo(pid).splitlines()]
+
+
+def check_and_remove(shape: Shape, number: int, pid: int) -> None:
+    """A ghost that was kept is what the images say, and so may go: nothing else is left then."""
+    place = shape.place(number)
+    point = shape.mountpoint(place.mount)
+    path = b"/proc/%d/root%b%b/%b" % (pid, point, shape.directory(place.directory), name_of(number))
+    status = os.stat(path)
+    assert (status.st_uid, status.st_gid, status.st_mode) == (1000, 1000, stat.S_IFREG | 0o644)
+    assert status.st_nlink == 1
+    assert status.st_atime_ns == 1_600_000_000_000_001_000
+    assert status.st_mtime_ns == 1_500_000_000_000_002_000
+    assert status.st_size == shape.size
+    assert status.st_blocks * 512 <= sum(length + 8192 for _, length in shape.data)
+    content = content_of(shape)[: 1 << 20]
+    with open(path, "rb") as file:
+        for offset, length in shape.data:
+            file.seek(offset)
+            assert file.read(length) == (content * (length // len(content) + 1))[:length]
+    script = ["mount -o remount,bind,rw $1; rm $1$2; mount -o remount,bind,ro $1", "sh"]
+    name = shape.directory(place.directory) + b"/" + name_of(number)
+    command = ["nsenter", "-t", str(pid), "-m", "sh", "-ec", *script]
+    subprocess.run([*command, os.fsdecode(point), os.fsdecode(name)], check=True)
+
+
+@pytest.mark.needs_cc
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_the_program_in_c_fails_with_its_mount_put_back() -> None:
+    """An image that is cut ends it; the mount that it had made writable is not left so."""
+
+    def body(scratch: Path) -> None:
+        shape = Shape(2, mounts=1, base=bytes(scratch / "live"))
+        program = rivals.compile_c(scratch)
+        write_images(scratch / "images", shape)
+        os.truncate(scratch / "images" / "ghost-file-2.img", 30)
+        with live_namespace(shape) as pid:
+            command = rivals.c(program, scratch / "images", pid=pid, strategy="remount")
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 1
+            assert "longer than its message" in done.stderr
+
+    assert in_private_namespace(body) == 0
+
+
+@pytest.mark.needs_cc
+def test_the_program_in_c_is_clean(tmp_path: Path) -> None:
+    """No warning, however many are asked for."""
+    source = CHECKOUT / "bench" / "rival.c"
+    warnings = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
+    subprocess.run(["cc", "-O2", *warnings, "-o", tmp_path / "rival", source], check=True)
 
 
 def leave_a_file(point: bytes, pid: int) -> None:
@@ -186,6 +307,7 @@ def test_a_sloppy_rival_is_noticed(
     assert complaint in capfd.readouterr().err
 
 
+@pytest.mark.needs_cc
 def test_a_failing_rival_ends_the_run(tmp_path: Path) -> None:
     """A command that fails is an error and no sample: ghosts beyond the limit of descriptors."""
     command = ["sh", "-c", 'ulimit -n 100; exec "$@"', "sh", sys.executable, "-m", "bench"]
