@@ -1,7 +1,8 @@
-"""What safety costs, and how soon it acts: journal and guardian.
+"""What safety costs, and how soon it acts: journal, guardian and verification.
 
 The same restore with the journal on a disk, with the journal on tmpfs (where run directories
-usually are), and with neither journal nor guardian being told anything, which no user can have.
+usually are), with neither journal nor guardian being told anything, and besides without any check
+of what is opened, removed and left: what no user can have.
 Then the time from the SIGKILL of a coordinator, whose ghosts are all there and whose mounts are
 writable at that moment, until its guardian has put the last mount back and removed the last name.
 """
@@ -22,9 +23,10 @@ from statistics import median
 from bench import rivals
 from bench.images import Shape, write_images
 from bench.measure import Answer, Run, Setting, alternate, ratio, spread
-from bench.scene import BenchError, live_namespace, read_mountinfo
+from bench.scene import BenchError, live_namespace, read_mountinfo, workplace
 
 _MOUNTS = 10
+_UNSAFE = "neither, and nothing verified"
 _NEITHER = "neither told anything"
 _DISK = "journal on disk"
 _TMPFS = "journal on tmpfs"
@@ -32,14 +34,59 @@ _MOUNT_BACK = "after a kill: last mount back"
 _NAME_GONE = "after a kill: last name gone"
 _LIMIT_S = 10.0
 
-_UNGUARDED = """
+# What is patched must be there: a name that has changed would leave safety in, unseen.
+_SWAP = """
+def swap(owner, name, function):
+    assert hasattr(owner, name), "%s has no %s any more" % (owner.__name__, name)
+    setattr(owner, name, function)
+"""
+
+_UNGUARDED = (
+    _SWAP
+    + """
 import sys
 from ghostpool import _guard
 async def nothing(*_, **__):
     pass
-_guard.Guard.owe = _guard.Guard.settle = nothing
+swap(_guard.Guard, "owe", nothing)
+swap(_guard.Guard, "settle", nothing)
+"""
+)
+_MAIN = """
 from ghostpool._cli import main
 main()
+"""
+
+# In the fork server, and so in every worker: names are opened and removed as they come. No braces:
+# this goes where a path is filled in.
+_WORKERS_UNCHECKED = (
+    _SWAP
+    + """
+import os
+from ghostpool import _opening, _removing
+from ghostpool._protocol import REMOVED, Removed, RemoveOp
+def open_unchecked(self, operation, directory, name):
+    fd = os.open(name, operation.flags, dir_fd=directory)
+    os.lseek(fd, operation.position, os.SEEK_SET)
+    return fd
+swap(_opening.OpenWork, "_open_checked", open_unchecked)
+swap(_opening.OpenWork, "_has_identity", lambda *_: True)
+def remove_unchecked(self, operation):
+    directory = self._directories.open(operation.mount, operation.directory)
+    try:
+        os.unlink(operation.name, dir_fd=directory)
+    except FileNotFoundError:
+        pass
+    return Removed(0, "", (), REMOVED)
+swap(_removing.RemoveWork, "_remove", remove_unchecked)
+"""
+)
+_UNCHECKED = f"""
+from ghostpool import _launch, _restored
+swap(_restored.Restored, "verify", lambda self: None)
+boot, _, serve = _launch._BOOT.rpartition(";")
+assert "from ghostpool" in boot, boot
+swap(_launch, "_BOOT", boot + "; exec(" + repr({_WORKERS_UNCHECKED!r}) + ");" + serve)
 """
 
 # Stops itself as soon as its mounts are writable, to be killed at that moment.
@@ -61,19 +108,23 @@ main()
 def measure(setting: Setting) -> Answer:
     """Whole commands over many ghosts, and milliseconds after a kill."""
     count = 2_000 if setting.quick else 10_000
-    home = setting.scratch / "guard"
-    home.mkdir()
-    shape = Shape(count, mounts=_MOUNTS, base=bytes(home / "live"))
-    images = home / "images"
-    write_images(images, shape)
     with ExitStack() as stack:
+        home = stack.enter_context(workplace(setting.scratch, "guard"))
+        shape = Shape(count, mounts=_MOUNTS, base=bytes(home / "live"))
+        images = home / "images"
+        write_images(images, shape)
         pid = stack.enter_context(live_namespace(shape))
         disk = stack.enter_context(tempfile.TemporaryDirectory(prefix="ghostpool-bench-run-"))
         places = {_DISK: disk, _TMPFS: str(home / "run")}
         command = rivals.ghostpool(images, jobs=1, pid=pid)
         arguments = command[command.index("restore") :]
-        unguarded = [sys.executable, "-c", _UNGUARDED, *arguments]
-        runs: dict[str, Run] = {_NEITHER: partial(_run, unguarded, places[_TMPFS])}
+        runs: dict[str, Run] = {}
+        for name, program in (
+            (_UNSAFE, _UNGUARDED + _UNCHECKED + _MAIN),
+            (_NEITHER, _UNGUARDED + _MAIN),
+        ):
+            patched = [sys.executable, "-c", program, *arguments]
+            runs[name] = partial(_run, patched, places[_TMPFS])
         for name, place in places.items():
             runs[name] = partial(_run, command, place)
         samples = alternate("guard", runs, setting.rounds)
@@ -117,7 +168,7 @@ def _seconds_until(condition: Callable[[], bool], begun: float) -> float:
 
 
 def _answer(samples: dict[str, list[float]], count: int) -> Answer:
-    reference = median(samples[_NEITHER])
+    reference = median(samples[_UNSAFE])
     rows = [
         (
             ratio(median(samples[name]), reference),
@@ -125,13 +176,22 @@ def _answer(samples: dict[str, list[float]], count: int) -> Answer:
             spread(samples[name], 1e3),
             f"{(median(samples[name]) - reference) / count * 1e6:,.1f}",
         )
-        for name in (_NEITHER, _DISK, _TMPFS)
+        for name in (_UNSAFE, _NEITHER, _DISK, _TMPFS)
     ]
     rows += [("–", name, spread(samples[name], 1e3), "–") for name in (_MOUNT_BACK, _NAME_GONE)]
     return Answer(
         "guard",
-        f"journal and guardian, {count:,} ghosts of 4 KiB on {_MOUNTS} read-only mounts, 1 job",
-        ("over neither", "whole command", "ms (min–max)", "further µs per ghost"),
+        f"what safety costs, {count:,} ghosts of 4 KiB on {_MOUNTS} read-only mounts, 1 job",
+        ("over the unsafe", "whole command", "ms (min–max)", "further µs per ghost"),
         rows,
         samples,
+        figures={
+            "share of safety": _share(samples[_TMPFS], samples[_UNSAFE]),
+            "share of safety, journal on disk": _share(samples[_DISK], samples[_UNSAFE]),
+        },
     )
+
+
+def _share(safe: list[float], unsafe: list[float]) -> float:
+    """The part of a run that safety takes, of the median round."""
+    return median(1 - less / more for less, more in zip(unsafe, safe, strict=True))

@@ -7,27 +7,31 @@ without the command's start. The images list all mounts, as those of a real dump
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 from bench import rivals
 from bench.images import Shape, write_images
 from bench.measure import Answer, Run, Setting, alternate, ratio, spread
-from bench.scene import live_namespace, read_mountinfo
+from bench.ratios import median_ratio
+from bench.scene import live_namespace, read_mountinfo, workplace
 
 _GHOSTS = 10
+_SPARE = 16
+"""Of the mounts that a namespace may have: for what a run mounts there and does not show."""
 
 
 def measure(setting: Setting) -> Answer:
     """Milliseconds of whole commands, and of reading mountinfo."""
-    counts = (10, 5_000) if setting.quick else (10, 1_000, 5_000)
-    home = setting.scratch / "mounts"
-    home.mkdir()
-    base = bytes(home / "live")
+    counts = (10, 5_000) if setting.quick else (10, 1_000, 10_000, _most())
     runs: dict[str, Run] = {}
     lines: dict[int, int] = {}
     with ExitStack() as stack:
+        home = stack.enter_context(workplace(setting.scratch, "mounts"))
+        base = bytes(home / "live")
         for count in counts:
             shape = Shape(_GHOSTS, mounts=_GHOSTS, further_mounts=count, base=base)
             images = home / f"images-{count}"
@@ -39,6 +43,12 @@ def measure(setting: Setting) -> Answer:
             runs[_read(count)] = partial(read_mountinfo, pid)
         samples = alternate("mounts", runs, setting.rounds)
     return _answer(samples, lines)
+
+
+def _most() -> int:
+    """Further mounts that a namespace can have, up to 100,000 mounts in all."""
+    limit = int(Path("/proc/sys/fs/mount-max").read_text(encoding="ascii"))
+    return min(100_000, limit) - read_mountinfo(os.getpid()).count(b"\n") - _GHOSTS - _SPARE
 
 
 def _command(count: int) -> str:
@@ -73,10 +83,13 @@ def _answer(samples: dict[str, list[float]], lines: dict[int, int]) -> Answer:
             *(f"{value:,.2f} µs" for value in grown),
         )
     )
-    return Answer(
+    answer = Answer(
         "mounts",
         f"{_GHOSTS} ghosts on {_GHOSTS} read-only mounts, among further mounts",
         ("over reading", "mounts", "ghostpool, whole command (min–max)", "reading mountinfo"),
         rows,
         samples,
     )
+    over = median_ratio(samples[_command(many)], samples[_read(many)])
+    answer.figures["command over mountinfo"] = over
+    return answer

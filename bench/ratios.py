@@ -6,6 +6,7 @@ each of which may come from another part of the run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import median
 
@@ -24,3 +25,13 @@ def median_ratio(values: Sequence[float], references: Sequence[float]) -> float:
     pairs = zip(values, references, strict=True)
     found = [value / reference for value, reference in pairs if value > 0 and reference > 0]
     return median(found) if found else float("nan")
+
+
+def shown(ratio: float) -> str:
+    """For a table; what noise has made senseless is not shown as a number."""
+    return "–" if math.isnan(ratio) else f"{ratio:.2f}"
+
+
+def known(figures: dict[str, float]) -> dict[str, float]:
+    """Those figures that are numbers."""
+    return {name: value for name, value in figures.items() if not math.isnan(value)}

@@ -10,6 +10,7 @@ since a rival that leaves a mount writable or a file behind has not done the sam
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -72,6 +73,20 @@ def _become(body: Callable[[Path], None], scratch: str) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+@contextmanager
+def workplace(scratch: Path, name: str) -> Iterator[Path]:
+    """A fresh directory, with everything that a question puts there, for as long as it is asked.
+
+    To be entered before the live namespaces, whose mount points are in it.
+    """
+    home = scratch / name
+    home.mkdir()
+    try:
+        yield home
+    finally:
+        shutil.rmtree(home)
 
 
 @contextmanager

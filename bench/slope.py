@@ -8,8 +8,8 @@ of the ratios of single rounds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ from statistics import median
 from bench import rivals
 from bench.images import Shape, write_images
 from bench.measure import Answer, Run, Setting, alternate
-from bench.ratios import median_ratio, slopes
-from bench.scene import live_namespace
+from bench.ratios import known, median_ratio, shown, slopes
+from bench.scene import live_namespace, workplace
 
 _MOUNTS = 10
 _REFERENCE = "C, one process"
@@ -67,12 +67,12 @@ def measure(setting: Setting) -> Answer:
     few, many = setting.ghosts or ((500, 5_000) if setting.quick else (500, 10_000))
     # One process for each ghost takes too long for thousands, and needs none of them.
     one_by_one = (10, 10 + min(10 if setting.quick else 40, many - few))
-    home = setting.scratch / "slope"
-    home.mkdir()
-    base = bytes(home / "live")
     program = rivals.compile_c(setting.scratch)
     notes = ["The shell has its files at hand outside of images, and holds nothing open."]
-    with live_namespace(Shape(0, mounts=_MOUNTS, base=base)) as pid:
+    with ExitStack() as stack:
+        home = stack.enter_context(workplace(setting.scratch, "slope"))
+        base = bytes(home / "live")
+        pid = stack.enter_context(live_namespace(Shape(0, mounts=_MOUNTS, base=base)))
         runs: dict[str, Run] = {}
         counts: dict[str, tuple[int, int]] = {}
         for ghosts in (few, many):
@@ -121,26 +121,30 @@ def _answer(
         slope = _slope(samples, name, few, many) * 1e6
         rows.append(
             (
-                "–" if math.isnan(ratios[name]) else f"{ratios[name]:.2f}",
+                shown(ratios[name]),
                 name,
                 f"{slope:,.1f} ({min(singles):,.1f}–{max(singles):,.1f})",
                 f"{few:,} → {many:,}",
             )
         )
-    answer = Answer(
+    figures = {
+        _figure(name): ratio for name, ratio in ratios.items() if name.startswith("ghostpool, ")
+    }
+    return Answer(
         "slope",
         f"microseconds per further ghost of 4 KiB on {_MOUNTS} read-only tmpfs mounts",
         (f"over {_REFERENCE}", "rival", "µs per ghost (of single rounds)", "ghosts"),
         rows,
         samples,
         notes,
+        known(figures),
     )
-    for name, value in ratios.items():
-        kind, _, way = name.partition(", ")
-        if kind == "ghostpool" and not math.isnan(value):
-            jobs, _, strategy = way.partition(", ")
-            answer.figures[f"{jobs} over C" + (strategy and f", {strategy}")] = value
-    return answer
+
+
+def _figure(name: str) -> str:
+    """Of a way to run ghostpool: "2 jobs over C, detached"."""
+    jobs, _, strategy = name.removeprefix("ghostpool, ").partition(", ")
+    return f"{jobs} over C" + (strategy and f", {strategy}")
 
 
 def _slope(samples: dict[str, list[float]], name: str, few: int, many: int) -> float:
