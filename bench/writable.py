@@ -21,7 +21,7 @@ from bench.scene import BenchError, live_namespace, workplace
 _FIGURE = "made writable before its first ghost is ready"
 
 
-class _Windows(NamedTuple):
+class Windows(NamedTuple):
     """What the events of one run say."""
 
     seconds: list[float]
@@ -47,7 +47,7 @@ def measure(setting: Setting) -> Answer:
                 command = rivals.ghostpool(images, jobs=1, pid=pid)
                 for _ in range(min(setting.rounds, 5)):
                     rivals.run([*command, "--events", str(home / "events")])
-                    windows = _windows(home / "events", mounts)
+                    windows = windows_of(home / "events", mounts)
                     name = f"{mounts} mounts, {ghosts} ghosts"
                     samples.setdefault(name, []).extend(windows.seconds)
                     early += windows.early
@@ -64,7 +64,8 @@ def measure(setting: Setting) -> Answer:
     )
 
 
-def _windows(events: Path, mounts: int) -> _Windows:
+def windows_of(events: Path, mounts: int) -> Windows:
+    """From a file of events. BenchError: not all of so many mounts were made writable, and back."""
     ready: set[str] = set()
     since: dict[str, float] = {}
     seconds: list[float] = []
@@ -80,4 +81,4 @@ def _windows(events: Path, mounts: int) -> _Windows:
             seconds.append(event["at"] - since.pop(event["mountpoint"]))
     if len(seconds) != mounts or since:
         raise BenchError(f"{len(seconds)} of {mounts} mounts were made writable and put back")
-    return _Windows(seconds, early)
+    return Windows(seconds, early)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -11,13 +12,21 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from bench import rivals
+from bench import big, filesystems, leased, loop, many, memory, mounts, rivals, writable
 from bench.images import Shape, content_of, name_of, write_images
-from bench.measure import alternate
-from bench.scene import in_private_namespace, live_namespace, live_namespaces, read_mountinfo
+from bench.measure import Setting, alternate
+from bench.ratios import known, median_ratio, shown, slopes
+from bench.scene import (
+    BenchError,
+    in_private_namespace,
+    live_namespace,
+    live_namespaces,
+    read_mountinfo,
+)
 from ghostpool._images import read_images
 
 CHECKOUT = Path(__file__).parents[2]
@@ -45,16 +54,16 @@ def test_generated_images_are_read(shape: Shape, tmp_path: Path) -> None:
     assert len(images.ghosts) == len(images.remaps) == shape.ghosts
     assert len(images.tasks) == shape.namespaces * shape.tasks
     assert len(images.mounts) == shape.namespaces
-    for mounts in images.mounts.values():
-        assert len(mounts) == 1 + shape.mounts + shape.further_mounts
-        assert sum(mount.flags & 1 for mount in mounts) == shape.mounts
-        assert [mount.mountpoint for mount in mounts[1 : 1 + shape.mounts]] == [
+    for tree in images.mounts.values():
+        assert len(tree) == 1 + shape.mounts + shape.further_mounts
+        assert sum(mount.flags & 1 for mount in tree) == shape.mounts
+        assert [mount.mountpoint for mount in tree[1 : 1 + shape.mounts]] == [
             shape.mountpoint(number) for number in range(shape.mounts)
         ]
         # The further mounts are binds of the root's file system, the others file systems each.
-        assert len({mount.device for mount in mounts}) == 1 + shape.mounts
-        assert {mount.device for mount in mounts[1 + shape.mounts :]} <= {mounts[0].device}
-    devices = {mount.device for mounts in images.mounts.values() for mount in mounts}
+        assert len({mount.device for mount in tree}) == 1 + shape.mounts
+        assert {mount.device for mount in tree[1 + shape.mounts :]} <= {tree[0].device}
+    devices = {mount.device for tree in images.mounts.values() for mount in tree}
     assert len(devices) == shape.namespaces * (1 + shape.mounts)
     assert sum(len(task.descriptors) for task in images.tasks) == shape.ghosts
     for remap in images.remaps:
@@ -331,6 +340,92 @@ def test_rivals_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
     samples = alternate("turns", {name: lambda n=name: order.append(n) for name in names}, 3)  # type: ignore[misc]
     assert "".join(order) == "abc" + "abc" + "cba" + "abc"
     assert {name: len(values) for name, values in samples.items()} == dict.fromkeys(names, 3)
+
+
+def test_ratios_are_those_of_single_rounds() -> None:
+    """A round that was disturbed says nothing, and does not become a number."""
+    assert slopes([1.0, 2.0], [3.0, 6.0], 2) == [1.0, 2.0]
+    assert median_ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
+    assert median_ratio([1.0, -4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
+    nothing = median_ratio([1.0], [-1.0])
+    assert shown(nothing) == "–"
+    assert known({"a": nothing, "b": 2.0}) == {"b": 2.0}
+
+
+def test_windows_are_read_from_events(tmp_path: Path) -> None:
+    """A mount that is writable before one of its ghosts is there is counted."""
+    events = [
+        {"event": "ghost_created", "mountpoint": "/a", "at": 1.0},
+        {"event": "mount_writable", "mountpoint": "/a", "at": 2.0},
+        {"event": "mount_writable", "mountpoint": "/b", "at": 2.5},
+        {"event": "ghost_created", "mountpoint": "/b", "at": 3.0},
+        {"event": "reverted", "mountpoint": "/b", "at": 4.0},
+        {"event": "reverted", "mountpoint": "/a", "at": 5.0},
+    ]
+    file = tmp_path / "events"
+    file.write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert writable.windows_of(file, mounts=2) == ([1.5, 3.0], 1)
+    with pytest.raises(BenchError, match="2 of 3 mounts"):
+        writable.windows_of(file, mounts=3)
+
+
+QUESTIONS = [big, filesystems, leased, loop, many, memory, mounts, writable]
+
+
+@pytest.mark.long
+@pytest.mark.needs_cc
+@pytest.mark.needs_loop
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.__name__)
+def test_questions_are_answered(question: ModuleType) -> None:
+    """Each has an answer of a few rows, one sample of each run at least, and its figures."""
+
+    def body(scratch: Path) -> None:
+        answer = question.measure(Setting(scratch, rounds=1, quick=True))
+        assert answer.name == question.__name__.rpartition(".")[2]
+        assert answer.rows
+        assert all(len(row) == len(answer.columns) for row in answer.rows)
+        assert all(answer.samples.values())
+        assert answer.markdown()
+        if question is not leased:  # of one round that is disturbed it has none
+            assert answer.figures
+        if question is writable:
+            assert answer.figures["made writable before its first ghost is ready"] == 0
+        assert [path.name for path in scratch.iterdir()] in ([], ["rival"])
+
+    assert in_private_namespace(body) == 0
+
+
+@pytest.mark.needs_loop
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_file_systems_behind_loop_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ghosts are on the file system that is said; its device goes with it, also if it is killed."""
+
+    def devices() -> str:
+        done = subprocess.run(["losetup", "-a"], capture_output=True, text=True, check=True)
+        return done.stdout
+
+    def body(scratch: Path) -> None:
+        with filesystems.file_system("ext4", scratch) as root:
+            shape = Shape(0, mounts=2, base=bytes(scratch / "live"))
+            with live_namespace(shape, root) as pid:
+                lines = read_mountinfo(pid).splitlines()
+                (line,) = (one for one in lines if shape.mountpoint(1) in one)
+                assert b" ro," in line
+                assert b" - ext4 " in line
+            assert str(scratch) in devices()
+        assert str(scratch) not in devices()
+        again = scratch / "again"
+        again.mkdir()
+        with filesystems.file_system("ext4", again):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_private_namespace(body) == -signal.SIGKILL
+    assert "ghostpool-bench-" not in devices()
+    monkeypatch.setenv("PATH", "/nowhere")
+    absent = pytest.raises(filesystems.Absent, match=r"no mkfs\.xfs")
+    with absent, filesystems.file_system("xfs", Path("/nowhere")):
+        pass
 
 
 def test_guard_runs_to_its_end(tmp_path: Path) -> None:
