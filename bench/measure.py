@@ -72,8 +72,15 @@ class Answer:
         return cls(samples=fields.pop("seconds"), **fields)
 
 
-def alternate(title: str, rivals: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run of each rival."""
+def alternate(
+    title: str,
+    rivals: Mapping[str, Run],
+    rounds: int,
+    *,
+    at_most: Mapping[str, int] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each run of each rival; those in `at_most` have so many of the rounds only."""
+    print(f"{title}: unmeasured round", file=sys.stderr, flush=True)
     for run in rivals.values():
         run()
     samples: dict[str, list[float]] = {name: [] for name in rivals}
@@ -81,6 +88,8 @@ def alternate(title: str, rivals: Mapping[str, Run], rounds: int) -> dict[str, l
     for number in range(rounds):
         print(f"{title}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
         for name in order:
+            if at_most and number >= at_most.get(name, rounds):
+                continue
             begun = time.perf_counter()
             rivals[name]()
             samples[name].append(time.perf_counter() - begun)

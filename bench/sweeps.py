@@ -1,0 +1,261 @@
+"""How the cost grows with one thing at a time: ghosts, mounts, namespaces, tasks, jobs.
+
+Each sweep restores the same kind of images in larger and larger sizes, into live namespaces, by
+whole commands that take turns. The slope between two neighbouring sizes is what one further unit
+costs there. It is flat if a unit of the last step costs at most 1.25 times what a unit costs from
+the smallest size up to there (mostly the decade before): a cost that grows with the size, as of a
+list that is searched for each, would make it some ten times as much. Jobs have no such unit: they
+are flat if the most jobs take at most 1.25 times as long as the fastest number of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+from bench import rivals
+from bench.images import Shape, write_images
+from bench.measure import Answer, Run, Setting, alternate, spread
+from bench.scene import BenchError, live_namespace, read_mountinfo
+from ghostpool import _linux
+from ghostpool._buildspec import MountSpec, NamespaceSpec
+from ghostpool._linux import Attr
+from ghostpool._rlimit import all_descriptors
+from ghostpool.testing._forked import in_child
+from ghostpool.testing._targets import built
+
+FLAT = 1.25
+"""How many times as much a unit of the last step may cost."""
+FIGURE = "last step over those below"
+_FIRST_NAMESPACE = 10  # as in the images
+_JOBS = 2
+_SLOW_ROUNDS = 3
+_UNSEEN = 16
+"""Room for mounts that count although no mountinfo shows them, as the root below the root."""
+_HOLDING = 10
+"""Mounts with ghosts, among those that the sweep of mounts adds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """One thing that grows."""
+
+    name: str
+    what: str
+    sizes: Sequence[int]
+    quick: Sequence[int]
+    shape: Callable[[int], Shape]
+    jobs: Callable[[int], int] = lambda size: _JOBS
+    slow: int = 1 << 30
+    """Sizes from this one on are run in a few rounds only."""
+
+
+GHOSTS = Sweep(
+    "ghosts",
+    "ghosts of 4 KiB on 10 read-only mounts of one namespace",
+    (100, 1_000, 10_000, 100_000),
+    (100, 1_000, 5_000),
+    lambda size: Shape(size, mounts=10),
+    slow=100_000,
+)
+MOUNTS = Sweep(
+    "mounts",
+    "mounts besides the machine's own, 10 of which hold a ghost",
+    (10, 100, 1_000, 10_000, 100_000),
+    (10, 100, 1_000, 5_000),
+    lambda size: Shape(_HOLDING, mounts=_HOLDING, further_mounts=size - _HOLDING),
+    slow=50_000,
+)
+NAMESPACES = Sweep(
+    "namespaces",
+    "namespaces, each with 10 ghosts on a read-only mount",
+    (1, 10, 100, 1_000),
+    (1, 10, 100),
+    lambda size: Shape(10 * size, namespaces=size, mounts=1),
+    slow=1_000,
+)
+TASKS = Sweep(
+    "tasks",
+    "tasks that share 1,000 ghosts on 10 read-only mounts",
+    (1, 10, 100, 1_000),
+    (1, 10, 100),
+    lambda size: Shape(1_000, mounts=10, tasks=size),
+)
+JOBS = Sweep(
+    "jobs",
+    "jobs, for 5,000 ghosts on 16 read-only mounts",
+    (1, 2, 4, 8, 16),
+    (1, 2, 16),
+    lambda size: Shape(5_000, mounts=16),
+    jobs=lambda size: size,
+)
+SWEEPS = (GHOSTS, MOUNTS, NAMESPACES, TASKS, JOBS)
+
+
+def sizes_of(sweep: Sweep, quick: bool) -> list[int]:
+    """The sizes to be run; of mounts, no more than the kernel lets a namespace have."""
+    sizes = sweep.quick if quick else sweep.sizes
+    if sweep is not MOUNTS:
+        return [*sizes]
+    with open("/proc/sys/fs/mount-max", encoding="ascii") as file:
+        room = int(file.read()) - read_mountinfo(os.getpid()).count(b"\n") - _UNSEEN
+    return sorted({min(size, room) for size in sizes})
+
+
+def measure(sweep: Sweep, setting: Setting) -> Answer:
+    """Whole commands over the sizes of a sweep, and whether the slope is flat."""
+    home = setting.scratch / f"sweep-{sweep.name}"
+    home.mkdir()
+    sizes = sizes_of(sweep, setting.quick)
+    with ExitStack() as stack:
+        runs = _runs(sweep, sizes, home, stack)
+        few = {key(size): _SLOW_ROUNDS for size in sizes if size >= sweep.slow}
+        samples = alternate(f"sweep of {sweep.name}", runs, setting.rounds, at_most=few)
+    return answer(sweep, {size: samples[key(size)] for size in sizes})
+
+
+def _runs(sweep: Sweep, sizes: Sequence[int], home: Path, stack: ExitStack) -> dict[str, Run]:
+    base = bytes(home / "live")
+    targets: dict[int, Sequence[str]] = {}
+    if sweep is NAMESPACES:
+        everywhere = stack.enter_context(_crowd(sweep.shape(max(sizes))))
+        targets = {size: everywhere[:size] for size in sizes}
+    elif sweep is MOUNTS:
+        for size in sizes:
+            shape = replace(sweep.shape(size), base=base)
+            pid = stack.enter_context(live_namespace(shape))
+            targets[size] = ("-t", str(pid))
+    else:
+        shape = replace(sweep.shape(max(sizes)), base=base)
+        pid = stack.enter_context(live_namespace(shape))
+        targets = {size: ("-t", str(pid)) for size in sizes}
+    runs: dict[str, Run] = {}
+    for size in sizes:
+        shape = sweep.shape(size)
+        if sweep is not NAMESPACES:
+            shape = replace(shape, base=base)
+        images = home / f"images-{size}"
+        if sweep is JOBS and runs:
+            images = home / f"images-{sizes[0]}"
+        else:
+            write_images(images, shape)
+        command = [*rivals.ghostpool(images, jobs=sweep.jobs(size)), *targets[size]]
+        runs[key(size)] = partial(rivals.run, command)
+    return runs
+
+
+def key(size: int) -> str:
+    """A size in the samples."""
+    return str(size)
+
+
+# Many namespaces.
+
+
+@contextmanager
+def _crowd(shape: Shape) -> Iterator[list[str]]:
+    """Options that name live namespaces of the shape. BenchError: something was left in one."""
+    points = [shape.mountpoint(number) for number in range(shape.mounts)]
+    with all_descriptors(), built([_spec(shape, n) for n in range(shape.namespaces)]) as fds:
+        yield [
+            f"--ns={_FIRST_NAMESPACE + number}=/proc/{os.getpid()}/fd/{fd}"
+            for number, fd in enumerate(fds)
+        ]
+        complaint = in_child(lambda: _touched(fds, points))
+        if complaint:
+            raise BenchError(complaint)
+
+
+def _spec(shape: Shape, number: int) -> NamespaceSpec:
+    first = number * (shape.mounts + 1) + 1
+    root = MountSpec(first, 0, b"/", first, source="rootfs")
+    mounts = (
+        MountSpec(
+            first + 1 + mount,
+            first,
+            shape.mountpoint(mount),
+            first + 1 + mount,
+            attributes=int(Attr.RDONLY),
+        )
+        for mount in range(shape.mounts)
+    )
+    return NamespaceSpec(_FIRST_NAMESPACE + number, (root, *mounts))
+
+
+def _touched(namespaces: Sequence[int], points: Sequence[bytes]) -> str:
+    """What is not as it was in one of them, or ""; leaves the caller in the last of them."""
+    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
+    for number, fd in enumerate(namespaces):
+        _linux.setns(fd, _linux.CLONE_NEWNS)
+        with open(os.open("self/mountinfo", os.O_RDONLY, dir_fd=proc), "rb") as file:
+            lines = [line.split(b" ") for line in file]
+        writable = [line[4] for line in lines if line[4] in points and b"ro" not in line[5][:2]]
+        if writable:
+            return f"{os.fsdecode(writable[0])} of namespace {number} was left writable"
+        found = [name for point in points for name in os.listdir(point)]
+        if found:
+            return f"namespace {number} was left with {found[:3]} in it"
+    return ""
+
+
+# What it came to.
+
+
+def answer(sweep: Sweep, samples: dict[int, list[float]]) -> Answer:
+    """Table, slopes and verdict of a sweep, from the seconds by size."""
+    middle = {size: median(values) for size, values in samples.items()}
+    third, last, grown, note = (_jobs if sweep is JOBS else _slopes)(middle)
+    return Answer(
+        f"sweep-{sweep.name}",
+        f"more and more {sweep.what}",
+        (sweep.name, "whole command, ms (min–max)", third),
+        [(f"{size:,}", spread(samples[size], 1e3), cell) for size, cell in last.items()],
+        {key(size): values for size, values in samples.items()},
+        [note],
+        {} if grown is None else {FIGURE: grown},
+    )
+
+
+_Result = tuple[str, dict[int, str], float | None, str]
+"""Title and cells of the third column, by size; the figure, and what it means."""
+
+
+def _slopes(seconds: dict[int, float]) -> _Result:
+    cells = dict.fromkeys(seconds, "–")
+    for few, many in pairwise(seconds):
+        cells[many] = f"{_per_unit(seconds, few, many) * 1e6:,.1f}"
+    title = "µs per further one"
+    first, *_, before, last = seconds
+    slope, reference = _per_unit(seconds, before, last), _per_unit(seconds, first, before)
+    if reference <= 0:
+        lost = "What a further one costs below the last step is lost in the noise: no verdict."
+        return title, cells, None, lost
+    grown = max(slope, 0.0) / reference
+    note = (
+        f"A further one costs {slope * 1e6:,.1f} µs from {before:,} to {last:,}, and "
+        f"{reference * 1e6:,.1f} µs from {first:,} to {before:,}: {grown:.2f} times as much, "
+        f"{_verdict(grown)}."
+    )
+    return title, cells, grown, note
+
+
+def _per_unit(seconds: dict[int, float], few: int, many: int) -> float:
+    return (seconds[many] - seconds[few]) / (many - few)
+
+
+def _jobs(seconds: dict[int, float]) -> _Result:
+    best, most = min(seconds, key=seconds.__getitem__), max(seconds)
+    cells = {size: f"{one / seconds[best]:.2f}" for size, one in seconds.items()}
+    grown = seconds[most] / seconds[best]
+    note = f"{most} jobs take {grown:.2f} times as long as {best}: {_verdict(grown)}."
+    return "over the fastest", cells, grown, note
+
+
+def _verdict(grown: float) -> str:
+    return "flat" if grown <= FLAT else f"**not flat** (at most {FLAT} is)"
