@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from bench import rivals
 from bench.images import Shape, write_images
 from bench.measure import Answer, Run, Setting, alternate, spread
-from bench.scene import BenchError, live_namespace
+from bench.scene import BenchError, live_namespace, workplace
 
 _MOUNTS = 10
 WHOLE = "whole command"
@@ -72,19 +73,19 @@ def kinds(quick: bool) -> list[Kind]:
 
 def measure(setting: Setting) -> Answer:
     """Milliseconds of each phase."""
-    home = setting.scratch / "profile"
-    home.mkdir()
-    base = bytes(home / "live")
     followed: dict[str, list[list[float]]] = {}
     runs: dict[str, Run] = {}
     wanted = kinds(setting.quick)
-    with live_namespace(Shape(0, mounts=_MOUNTS, base=base)) as pid:
+    with ExitStack() as stack:
+        home = stack.enter_context(workplace(setting.scratch, "profile"))
+        base = bytes(home / "live")
+        pid = stack.enter_context(live_namespace(Shape(0, mounts=_MOUNTS, base=base)))
         for ghosts in {kind.ghosts for kind in wanted}:
             shape = Shape(ghosts, mounts=_MOUNTS, base=base)
             write_images(home / f"images-{ghosts}", shape)
         for kind in wanted:
-            command = rivals.ghostpool(home / f"images-{kind.ghosts}", jobs=kind.jobs, pid=pid)
-            command += ["--strategy", kind.strategy]
+            images = home / f"images-{kind.ghosts}"
+            command = rivals.ghostpool(images, jobs=kind.jobs, pid=pid, strategy=kind.strategy)
             runs[_untold(kind)] = partial(rivals.run, command)
             into = followed[kind.name] = []
             runs[_told(kind)] = partial(_follow, command, home / "events", into)

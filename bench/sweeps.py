@@ -11,8 +11,8 @@ are flat if the most jobs take at most 1.25 times as long as the fastest number 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -22,18 +22,11 @@ from statistics import median
 from bench import rivals
 from bench.images import Shape, write_images
 from bench.measure import Answer, Run, Setting, alternate, spread
-from bench.scene import BenchError, live_namespace, read_mountinfo
-from ghostpool import _linux
-from ghostpool._buildspec import MountSpec, NamespaceSpec
-from ghostpool._linux import Attr
-from ghostpool._rlimit import all_descriptors
-from ghostpool.testing._forked import in_child
-from ghostpool.testing._targets import built
+from bench.scene import live_namespaces, read_mountinfo, workplace
 
 FLAT = 1.25
 """How many times as much a unit of the last step may cost."""
 FIGURE = "last step over those below"
-_FIRST_NAMESPACE = 10  # as in the images
 _JOBS = 2
 _SLOW_ROUNDS = 3
 _UNSEEN = 16
@@ -110,10 +103,9 @@ def sizes_of(sweep: Sweep, quick: bool) -> list[int]:
 
 def measure(sweep: Sweep, setting: Setting) -> Answer:
     """Whole commands over the sizes of a sweep, and whether the slope is flat."""
-    home = setting.scratch / f"sweep-{sweep.name}"
-    home.mkdir()
     sizes = sizes_of(sweep, setting.quick)
     with ExitStack() as stack:
+        home = stack.enter_context(workplace(setting.scratch, f"sweep-{sweep.name}"))
         runs = _runs(sweep, sizes, home, stack)
         few = {key(size): _SLOW_ROUNDS for size in sizes if size >= sweep.slow}
         samples = alternate(f"sweep of {sweep.name}", runs, setting.rounds, at_most=few)
@@ -122,30 +114,19 @@ def measure(sweep: Sweep, setting: Setting) -> Answer:
 
 def _runs(sweep: Sweep, sizes: Sequence[int], home: Path, stack: ExitStack) -> dict[str, Run]:
     base = bytes(home / "live")
-    targets: dict[int, Sequence[str]] = {}
-    if sweep is NAMESPACES:
-        everywhere = stack.enter_context(_crowd(sweep.shape(max(sizes))))
-        targets = {size: everywhere[:size] for size in sizes}
-    elif sweep is MOUNTS:
-        for size in sizes:
-            shape = replace(sweep.shape(size), base=base)
-            pid = stack.enter_context(live_namespace(shape))
-            targets[size] = ("-t", str(pid))
-    else:
-        shape = replace(sweep.shape(max(sizes)), base=base)
-        pid = stack.enter_context(live_namespace(shape))
-        targets = {size: ("-t", str(pid)) for size in sizes}
+    largest = replace(sweep.shape(max(sizes)), base=base, further_mounts=0)
+    everywhere = stack.enter_context(live_namespaces(largest))
     runs: dict[str, Run] = {}
+    written: dict[Shape, Path] = {}
     for size in sizes:
-        shape = sweep.shape(size)
-        if sweep is not NAMESPACES:
-            shape = replace(shape, base=base)
-        images = home / f"images-{size}"
-        if sweep is JOBS and runs:
-            images = home / f"images-{sizes[0]}"
-        else:
-            write_images(images, shape)
-        command = [*rivals.ghostpool(images, jobs=sweep.jobs(size)), *targets[size]]
+        shape = replace(sweep.shape(size), base=base)
+        pids = everywhere[: shape.namespaces]
+        if shape.further_mounts:
+            pids = stack.enter_context(live_namespaces(shape))
+        if shape not in written:
+            written[shape] = home / f"images-{size}"
+            write_images(written[shape], shape)
+        command = rivals.ghostpool(written[shape], jobs=sweep.jobs(size), pids=pids)
         runs[key(size)] = partial(rivals.run, command)
     return runs
 
@@ -153,55 +134,6 @@ def _runs(sweep: Sweep, sizes: Sequence[int], home: Path, stack: ExitStack) -> d
 def key(size: int) -> str:
     """A size in the samples."""
     return str(size)
-
-
-# Many namespaces.
-
-
-@contextmanager
-def _crowd(shape: Shape) -> Iterator[list[str]]:
-    """Options that name live namespaces of the shape. BenchError: something was left in one."""
-    points = [shape.mountpoint(number) for number in range(shape.mounts)]
-    with all_descriptors(), built([_spec(shape, n) for n in range(shape.namespaces)]) as fds:
-        yield [
-            f"--ns={_FIRST_NAMESPACE + number}=/proc/{os.getpid()}/fd/{fd}"
-            for number, fd in enumerate(fds)
-        ]
-        complaint = in_child(lambda: _touched(fds, points))
-        if complaint:
-            raise BenchError(complaint)
-
-
-def _spec(shape: Shape, number: int) -> NamespaceSpec:
-    first = number * (shape.mounts + 1) + 1
-    root = MountSpec(first, 0, b"/", first, source="rootfs")
-    mounts = (
-        MountSpec(
-            first + 1 + mount,
-            first,
-            shape.mountpoint(mount),
-            first + 1 + mount,
-            attributes=int(Attr.RDONLY),
-        )
-        for mount in range(shape.mounts)
-    )
-    return NamespaceSpec(_FIRST_NAMESPACE + number, (root, *mounts))
-
-
-def _touched(namespaces: Sequence[int], points: Sequence[bytes]) -> str:
-    """What is not as it was in one of them, or ""; leaves the caller in the last of them."""
-    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
-    for number, fd in enumerate(namespaces):
-        _linux.setns(fd, _linux.CLONE_NEWNS)
-        with open(os.open("self/mountinfo", os.O_RDONLY, dir_fd=proc), "rb") as file:
-            lines = [line.split(b" ") for line in file]
-        writable = [line[4] for line in lines if line[4] in points and b"ro" not in line[5][:2]]
-        if writable:
-            return f"{os.fsdecode(writable[0])} of namespace {number} was left writable"
-        found = [name for point in points for name in os.listdir(point)]
-        if found:
-            return f"namespace {number} was left with {found[:3]} in it"
-    return ""
 
 
 # What it came to.
