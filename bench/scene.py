@@ -61,6 +61,8 @@ def _become(body: Callable[[Path], None], scratch: str) -> NoReturn:
         _linux.unshare(_linux.CLONE_NEWNS)
         _linux.mount(None, b"/", None, _linux.MS_REC | _linux.MS_PRIVATE)
         _linux.mount(b"ghostpool-bench", os.fsencode(scratch), b"tmpfs", 0)
+        # Journals belong on a tmpfs, as /run usually is one; and nothing is left in the caller's.
+        os.environ["GHOSTPOOL_RUN_DIR"] = f"{scratch}/run"
         body(Path(scratch))
         status = 0
     except KeyboardInterrupt:

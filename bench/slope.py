@@ -3,7 +3,7 @@
 A whole command has a start that does not grow with the ghosts and would hide what does. So each
 rival restores few ghosts and many into one live namespace, and the slope between the two is
 compared: difference of the medians over difference of the counts, and for the figures the median
-of the ratios of single rounds.
+of the ratios of single rounds. With CRIU nothing else could be compared: bench/criu.py says why.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from bench import rivals
+from bench import criu, rivals
 from bench.images import Shape, write_images
 from bench.measure import Answer, Run, Setting, alternate
 from bench.ratios import known, median_ratio, shown, slopes
@@ -24,6 +24,7 @@ from bench.scene import live_namespace, workplace
 _MOUNTS = 10
 _REFERENCE = "C, one process"
 _REMOUNTING = "C, one process, remounting"
+_CRIU = "criu restore"
 _BULK = "shell, bulk"
 _ONE_BY_ONE = "shell, one by one"
 
@@ -93,8 +94,31 @@ def measure(setting: Setting) -> Answer:
         counts[_ONE_BY_ONE] = one_by_one
         for ghosts in one_by_one:
             runs[_key(_ONE_BY_ONE, ghosts)] = _one_by_one(pid, home, base, ghosts)
+        notes.append(_add_criu(stack, home, (few, many), runs, counts))
         samples = alternate("slope", runs, setting.rounds)
     return _answer(samples, counts, notes)
+
+
+def _add_criu(
+    stack: ExitStack,
+    home: Path,
+    ghosts: tuple[int, int],
+    runs: dict[str, Run],
+    counts: dict[str, tuple[int, int]],
+) -> str:
+    """A further rival, if it is there; a note about it."""
+    try:
+        restores = {
+            _key(_CRIU, count): stack.enter_context(
+                criu.dumped(home / f"criu-{count}", count, _MOUNTS)
+            )
+            for count in ghosts
+        }
+    except criu.Absent as reason:
+        return f"CRIU is no rival in this run: {reason}."
+    runs |= restores
+    counts[_CRIU] = ghosts
+    return "CRIU restores the process too, and its mounts are binds of one tmpfs."
 
 
 def _one_by_one(pid: int, home: Path, base: bytes, ghosts: int) -> Run:
@@ -127,9 +151,11 @@ def _answer(
                 f"{few:,} → {many:,}",
             )
         )
-    figures = {
-        _figure(name): ratio for name, ratio in ratios.items() if name.startswith("ghostpool, ")
-    }
+    ours = [name for name in ratios if name.startswith("ghostpool, ")]
+    figures = {_figure(name, "C"): ratios[name] for name in ours}
+    if _CRIU in by_round:
+        criu_s = by_round[_CRIU]
+        figures |= {_figure(name, "criu"): median_ratio(by_round[name], criu_s) for name in ours}
     return Answer(
         "slope",
         f"microseconds per further ghost of 4 KiB on {_MOUNTS} read-only tmpfs mounts",
@@ -141,10 +167,10 @@ def _answer(
     )
 
 
-def _figure(name: str) -> str:
+def _figure(name: str, rival: str) -> str:
     """Of a way to run ghostpool: "2 jobs over C, detached"."""
     jobs, _, strategy = name.removeprefix("ghostpool, ").partition(", ")
-    return f"{jobs} over C" + (strategy and f", {strategy}")
+    return f"{jobs} over {rival}" + (strategy and f", {strategy}")
 
 
 def _slope(samples: dict[str, list[float]], name: str, few: int, many: int) -> float:
