@@ -15,7 +15,6 @@ import re
 import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any, Final, Literal
 
 from ghostpool._errors import ImageError
@@ -480,7 +479,7 @@ class Rebuild:
 
     def _complete_ghosts(self) -> None:
         for ident, extents in self._further.items():
-            self._ghosts[ident] = replace(self._ghosts[ident], extents=tuple(extents))
+            self._ghosts[ident] = self._ghosts[ident]._replace(extents=tuple(extents))
         self._further.clear()
 
     def _check_remapped(self, file: RegFile) -> None:

@@ -1,5 +1,8 @@
 """The frozen values that the other modules hand each other; no behaviour, no I/O.
 
+Those of which there is one per ghost are named tuples: a frozen dataclass takes four times as long
+to make.
+
 Units: sizes, offsets and lengths in bytes; times in microseconds since 1970 (negative before);
 device numbers as os.makedev gives them; modes are full st_mode values. Paths are bytes, since
 file names are, and absolute image paths start with b"/" at the root of their mount namespace.
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import stat
 from dataclasses import dataclass, field
-from typing import Literal, NewType
+from typing import Literal, NamedTuple, NewType
 
 MntId = NewType("MntId", int)
 """A mnt_id of the dumping kernel, as the images use it; never one of the live kernel."""
@@ -46,8 +49,7 @@ HOST_NS = NsId(0)
 """Stands for the mount namespace of images that were dumped without one of their own."""
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """A run of content: `length` bytes at `offset` of the file, at `position` of the image."""
 
     offset: int
@@ -58,8 +60,7 @@ class Extent:
     """Bytes from the beginning of the image."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ghost:
+class Ghost(NamedTuple):
     """One ghost_file_entry and where its content lies in its image."""
 
     id: GhostId
@@ -85,8 +86,7 @@ class Ghost:
     """What a symbolic link points to."""
 
 
-@dataclass(frozen=True, slots=True)
-class RegFile:
+class RegFile(NamedTuple):
     """One reg_file_entry."""
 
     id: RegId
@@ -105,8 +105,7 @@ class RegFile:
     external: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Remap:
+class Remap(NamedTuple):
     """One remap_file_path_entry; `target` is a ghost id, a reg id or a pid by `kind`."""
 
     record: int
@@ -117,8 +116,7 @@ class Remap:
     """Id of a ghost or of a reg file, or a pid: by `kind`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Descriptor:
+class Descriptor(NamedTuple):
     """One row of a task's fdinfo that leads to a reg file (directly, or as a fifo or tty)."""
 
     number: int
