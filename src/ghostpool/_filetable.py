@@ -15,7 +15,7 @@ from typing import Any, Final
 from ghostpool._errors import ImageError, UnsupportedError
 from ghostpool._imagefile import ImageDirectory
 from ghostpool._limits import TEXT_LIMIT
-from ghostpool._model import MntId, RegFile, RegId
+from ghostpool._model import RegFile, RegId
 from ghostpool._paths import is_image_path
 
 # enum fd_types, and the field of file_entry that holds the details.
@@ -26,6 +26,7 @@ _TTY: Final = 11
 _DETAILS: Final = {FD_TYPE_REG: "reg", FD_TYPE_FIFO: "fifo", _UNIXSK: "usk", _TTY: "tty"}
 
 _NO_SEEK: Final = (1 << 64) - 1
+_NO_MOUNT: Final = -1
 
 
 @dataclass(slots=True)
@@ -34,8 +35,8 @@ class FileTable:
 
     regs: dict[RegId, RegFile] = field(default_factory=dict)
     records: dict[RegId, int] = field(default_factory=dict)
-    leads_to: dict[tuple[int, int], RegId | None] = field(default_factory=dict)
-    """(type, id) of every file, and the reg file behind it, if any."""
+    others: dict[tuple[int, int], RegId | None] = field(default_factory=dict)
+    """(type, id) of every other file, and the reg file behind it, if any."""
     pipes: dict[int, RegId] = field(default_factory=dict)
     """Reg file of the first fifo in the image with a pipe_id."""
     deleted_sockets: list[bytes] = field(default_factory=list)
@@ -46,32 +47,32 @@ def read_files(source: ImageDirectory) -> FileTable:
     name = "files.img"
     files = FileTable()
     satellites: list[tuple[int, Any]] = []
+    regs, others = files.regs, files.others
     for number, entry in enumerate(source.records(name, "files")):
-        kind = entry.type
-        key = (kind, entry.id)
+        kind, ident = entry.type, entry.id
         # By type and id: before CRIU 3.6 a fifo and its reg file have the same id.
-        if key in files.leads_to:
-            raise ImageError(name, number, f"repeats file id {entry.id} of type {kind}")
-        files.leads_to[key] = None
+        if ident in regs if kind == FD_TYPE_REG else (kind, ident) in others:
+            raise ImageError(name, number, f"repeats file id {ident} of type {kind}")
         details = _DETAILS.get(kind)
         if details is None:
+            others[kind, ident] = None
             continue
-        if not entry.HasField(details):
-            raise ImageError(name, number, f"a file of type {kind} without its {details} entry")
         inner = getattr(entry, details)
-        if inner.id != entry.id:
-            raise ImageError(name, number, f"file id {entry.id} holds an entry of id {inner.id}")
+        if inner.id != ident or not ident:
+            if not entry.HasField(details):
+                raise ImageError(name, number, f"a file of type {kind} without its {details} entry")
+            if inner.id != ident:
+                raise ImageError(name, number, f"file id {ident} holds an entry of id {inner.id}")
         if kind == FD_TYPE_REG:
-            reg = _reg(name, number, inner)
-            files.leads_to[key] = reg.id
-            files.regs[reg.id] = reg
-            files.records[reg.id] = number
-        elif kind == _UNIXSK:
-            if inner.deleted:
-                files.deleted_sockets.append(_socket_name(inner))
-        else:
+            regs[ident] = _reg(name, number, inner)
+            files.records[ident] = number
+            continue
+        others[kind, ident] = None
+        if kind != _UNIXSK:
             satellites.append((number, entry))
-    if not files.leads_to:
+        elif inner.deleted:
+            files.deleted_sockets.append(_socket_name(inner))
+    if not regs and not others:
         if "reg-files.img" in source.names:
             raise UnsupportedError(f"{name}: images of a CRIU older than 3.4 are not supported")
         state = "holds no file" if name in source.names else "is missing"
@@ -92,7 +93,7 @@ def _follow(name: str, number: int, entry: Any, files: FileTable) -> None:
         raise ImageError(
             name, number, f"file id {entry.id} was opened through id {reg}, which is not there"
         )
-    files.leads_to[(entry.type, entry.id)] = reg
+    files.others[entry.type, entry.id] = reg
     if entry.type == FD_TYPE_FIFO:
         # A pipe_id is an inode number, which two file systems can have both. CRIU dumps the data
         # of an id once, with the first fifo that has it: dump_one_pipe_data() in criu/pipes.c.
@@ -106,15 +107,15 @@ def _reg(name: str, number: int, entry: Any) -> RegFile:
         raise ImageError(name, number, f"{path[:80]!r} is no absolute, normal path of a file")
     if external and (len(path) > TEXT_LIMIT or b"\0" in path):
         raise ImageError(name, number, f"{path[:80]!r} is no name of an external file")
-    mnt_id = entry.mnt_id if entry.HasField("mnt_id") else -1
+    position, mnt_id, size, mode = entry.pos, entry.mnt_id, entry.size, entry.mode
     return RegFile(
-        RegId(entry.id),
+        entry.id,
         entry.flags,
-        entry.pos if entry.pos != _NO_SEEK else None,
+        position if position != _NO_SEEK else None,
         path,
-        MntId(mnt_id) if mnt_id != -1 else None,
-        entry.size if entry.HasField("size") else None,
-        entry.mode if entry.HasField("mode") else None,
+        mnt_id if mnt_id != _NO_MOUNT else None,
+        size if size or entry.HasField("size") else None,
+        mode if mode or entry.HasField("mode") else None,
         external,
     )
 

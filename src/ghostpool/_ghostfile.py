@@ -15,7 +15,6 @@ from ghostpool._errors import ImageError
 from ghostpool._imagefile import ImageDirectory, Window
 from ghostpool._limits import Tally, beyond
 from ghostpool._model import GHOST_KINDS, TARGET_MAX, Extent, Ghost, GhostId
-from ghostpool._paths import ghost_file_name
 from ghostpool._schema import message_class
 
 _ENTRY: Final = message_class("ghost_file_entry")
@@ -24,18 +23,23 @@ _MAX_OFFSET: Final = (1 << 63) - 1
 _WINDOW: Final = 8192  # head, entry and first chunk header of any real ghost: one system call
 
 
-def read_ghost(source: ImageDirectory, ghost: GhostId, *, referrer: int) -> Ghost:
-    """Read the image of `ghost`; `referrer` is the record of remap-fpath.img that needs it.
+def read_ghost(source: ImageDirectory, ghost: GhostId, name: str, *, referrer: int) -> Ghost:
+    """Read the image `name` of `ghost`, which the record `referrer` of remap-fpath.img needs.
 
     ImageError: missing, malformed, or its content contradicts its entry.
     """
-    name = ghost_file_name(ghost)
+    tally = source.tally
+    found = source.first(name, "ghost-file", _ENTRY, _WINDOW)
+    if found is not None and not found[0].chunks:
+        entry, length, at, size = found
+        tally.record(name, 0, "ghost-file", length)
+        return _ghost(name, ghost, entry, at, size, None, tally)
     window = source.window(name, "ghost-file", _WINDOW)
     if window is None:
         raise ImageError(name, None, f"is missing, but remap-fpath.img, record {referrer} needs it")
     with window as image:
         entry, at = _entry(source, image)
-        return _ghost(image, ghost, entry, at, source.tally)
+        return _ghost(name, ghost, entry, at, image.size, image, tally)
 
 
 def _entry(source: ImageDirectory, image: Window) -> tuple[Any, int]:
@@ -46,8 +50,10 @@ def _entry(source: ImageDirectory, image: Window) -> tuple[Any, int]:
     return image.record(_ENTRY, 0, start)
 
 
-def _ghost(image: Window, ghost: GhostId, entry: Any, at: int, tally: Tally) -> Ghost:
-    name = image.name
+def _ghost(
+    name: str, ghost: GhostId, entry: Any, at: int, end: int, image: Window | None, tally: Tally
+) -> Ghost:
+    """The ghost, with what lies from `at` to the `end` of its image; only chunks are looked at."""
     mode = entry.mode
     kind = mode & 0o170000
     if kind not in GHOST_KINDS or mode > 0o177777:
@@ -56,23 +62,23 @@ def _ghost(image: Window, ghost: GhostId, entry: Any, at: int, tally: Tally) -> 
     size = 0
     rdev = target = None
     if kind == stat.S_IFREG:
-        if entry.chunks:
+        if image is not None and entry.chunks:
             size = _logical_size(name, entry)
             tally.size(name, size)
             extents = _chunks(image, at, size, tally)
-        elif image.size > at:
-            size = image.size - at
+        elif end > at:
+            size = end - at
             tally.size(name, size)
             tally.content(name, 0, size)
             extents = (Extent(0, size, at),)
-    elif image.size > at or entry.chunks:
+    elif end > at or entry.chunks:
         raise ImageError(name, 0, f"content follows a file of mode {mode:#o}, which has none")
     elif kind == stat.S_IFLNK:
         target = _target(name, entry)
     elif kind in (stat.S_IFCHR, stat.S_IFBLK):
         rdev = _rdev(name, entry)
-    atime = _microseconds(name, entry.atim) if entry.HasField("atim") else None
-    mtime = _microseconds(name, entry.mtim) if entry.HasField("mtim") else None
+    atime = _microseconds(name, entry, "atim")
+    mtime = _microseconds(name, entry, "mtim")
     return Ghost(ghost, name, mode, entry.uid, entry.gid, atime, mtime, size, extents, rdev, target)
 
 
@@ -125,10 +131,13 @@ def _chunks(image: Window, at: int, size: int, tally: Tally) -> tuple[Extent, ..
     return tuple(extents)
 
 
-def _microseconds(name: str, time: Any) -> int:
+def _microseconds(name: str, entry: Any, field: str) -> int | None:
     """Times before 1970 are 64-bit two's complement in an unsigned field."""
+    time = getattr(entry, field)
     seconds: int = time.tv_sec
     micros: int = time.tv_usec
+    if not seconds and not micros and not entry.HasField(field):
+        return None
     if micros > 999_999:
         raise ImageError(name, 0, f"{micros} microseconds are no fraction of a second")
     if seconds >> 63:

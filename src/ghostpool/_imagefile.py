@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 from ghostpool._errors import ImageError, UnsupportedError
 from ghostpool._imagesource import DirectorySource, ImageSource, OpenImage
 from ghostpool._limits import Limits, Tally
-from ghostpool._schema import decode, message_class
+from ghostpool._schema import attempt, decode, decode_all, message_class
 
 _COMMON_MAGIC: Final = 0x54564319
 _WORD: Final = struct.Struct("<I")
@@ -91,6 +91,29 @@ class ImageDirectory:
         opened = self._source.open(name)
         return None if opened is None else Window(name, kind, opened, size, self.tally)
 
+    def first(
+        self, name: str, kind: str, parse: Any, most: int
+    ) -> tuple[Any, int, int, int] | None:
+        """The first record of `name`, its length, where it ends, and the size of the image.
+
+        It is not counted yet. None for what the first `most` bytes do not tell, and for whatever is
+        wrong: what is seen through a window tells.
+        """
+        found = self._source.first(name, most)
+        if found is None:
+            return None
+        data, size = found
+        head = self.head(kind)
+        at = len(head)
+        if len(data) < at + 4 or not data.startswith(head):
+            return None
+        (length,) = _WORD.unpack_from(data, at)
+        end = at + 4 + length
+        if end > len(data):
+            return None
+        message = attempt(parse, data[at + 4 : end])
+        return None if message is None else (message, length, end, size)
+
     def check_head(self, name: str, kind: str, data: bytes) -> int:
         """Check that `data` begins as an image of `kind` does; returns the length of the head."""
         head = self.head(kind)
@@ -121,6 +144,12 @@ class ImageDirectory:
             at = self.check_head(name, kind, image.read(0, 8 if self._two_magics else 4))
             number = 0
             while at < size:
+                pieces, after = image.records(at) if payload is None else ([], at)
+                if pieces:
+                    yield from decode_all(parse, pieces, name, number)
+                    number += len(pieces)
+                    at = after
+                    continue
                 message, at = image.record(parse, number, at)
                 if payload is not None:
                     skip = payload(message)
@@ -153,7 +182,17 @@ class Window:
     A context manager that closes the image, and makes an ImageError of what it could not read.
     """
 
-    __slots__ = ("_content", "_image", "_kind", "_size", "_start", "_tally", "name", "size")
+    __slots__ = (
+        "_content",
+        "_image",
+        "_kind",
+        "_singly",
+        "_size",
+        "_start",
+        "_tally",
+        "name",
+        "size",
+    )
 
     def __init__(self, name: str, kind: str, image: OpenImage, size: int, tally: Tally) -> None:
         self.name = name
@@ -162,6 +201,7 @@ class Window:
         self._image = image
         self._size = size
         self._tally = tally
+        self._singly = False
         self._start = 0
         self._content = b""
 
@@ -180,9 +220,42 @@ class Window:
             return self._content[offset : offset + length]
         if length > self._size:
             return self._image.read(at, length)
+        self._load(at)
+        return self._content[:length]
+
+    def _load(self, at: int) -> None:
         self._content = self._image.read(at, self._size)
         self._start = at
-        return self._content[:length]
+
+    def records(self, at: int) -> tuple[list[bytes], int]:
+        """The records at `at` that the window holds whole, and where they end.
+
+        None for what has to be looked at singly, by `record`: one that is longer than the window or
+        than what is left of the file, and all of them where the images near what they may ask for.
+        """
+        if self._singly:
+            return [], at
+        if not self._start <= at <= self._start + len(self._content) - 4:
+            self._load(at)
+        pieces, after = self._whole(at)
+        if not pieces and at != self._start:
+            self._load(at)
+            pieces, after = self._whole(at)
+        self._singly = not self._tally.records(self._kind, len(pieces), after - at)
+        return ([], at) if self._singly else (pieces, after)
+
+    def _whole(self, at: int) -> tuple[list[bytes], int]:
+        content, word = self._content, _WORD.unpack_from
+        pieces = []
+        begin = at - self._start
+        last = min(len(content), self.size - self._start)
+        while begin + 4 <= last:
+            end = begin + 4 + word(content, begin)[0]
+            if end > last:
+                break
+            pieces.append(content[begin + 4 : end])
+            begin = end
+        return pieces, self._start + begin
 
     def record(self, parse: Any, number: int, at: int, kind: str | None = None) -> tuple[Any, int]:
         """The record at `at`, and where it ends."""

@@ -15,6 +15,7 @@ import re
 import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from typing import Any, Final, Literal
 
 from ghostpool._errors import ImageError
@@ -96,10 +97,12 @@ class Telling:
             self._flush()
             self._kind = kind
         row_of = _ROWS.get(kind)
-        for value in values:
-            self._rows.append(value if row_of is None else row_of(value))
-            if len(self._rows) == BATCH:
-                self._flush()
+        rows = iter(values) if row_of is None else map(row_of, values)
+        while True:
+            self._rows += islice(rows, BATCH - len(self._rows))
+            if len(self._rows) < BATCH:
+                break
+            self._flush()
 
     def _flush(self) -> None:
         if self._rows:
@@ -112,7 +115,7 @@ class Telling:
         for task in images.tasks:
             tables.setdefault(id(task.descriptors), len(tables))
         self("extents", _further_extents(images))
-        self("remaps", ([r.record, r.origin, r.kind, r.target] for r in images.remaps))
+        self("remaps", map(list, images.remaps))
         self("descriptors", _descriptors(images, tables))
         tasks = ([t.pid, t.parent, t.namespace, tables[id(t.descriptors)]] for t in images.tasks)
         self("tasks", tasks)
@@ -163,35 +166,19 @@ def _mount(mount: ImageMount) -> Rows:
 
 
 def _file(file: RegFile) -> Rows:
-    return [
-        file.id,
-        file.flags,
-        file.position,
-        file.name.decode("latin-1"),
-        file.mnt_id,
-        file.size,
-        file.mode,
-        file.external,
-    ]
+    ident, flags, position, name, mnt_id, size, mode, external = file
+    return [ident, flags, position, name.decode("latin-1"), mnt_id, size, mode, external]
 
 
 def _ghost(ghost: Ghost) -> Rows:
-    return [
-        ghost.id,
-        ghost.mode,
-        ghost.uid,
-        ghost.gid,
-        ghost.atime,
-        ghost.mtime,
-        ghost.size,
-        _flat(ghost.extents[:BATCH]),
-        ghost.rdev,
-        None if ghost.target is None else _plain(ghost.target),
-    ]
+    ident, _, mode, uid, gid, atime, mtime, size, extents, rdev, target = ghost
+    link = None if target is None else _plain(target)
+    flat = _flat(extents[:BATCH])
+    return [ident, mode, uid, gid, atime, mtime, size, flat, rdev, link]
 
 
 def _flat(extents: tuple[Extent, ...]) -> list[int]:
-    return [number for e in extents for number in (e.offset, e.length, e.position)]
+    return list(chain.from_iterable(extents))
 
 
 def _further_extents(images: Images) -> Iterator[Rows]:
@@ -207,7 +194,7 @@ def _descriptors(images: Images, tables: dict[int, int]) -> Iterator[Rows]:
         if table not in done:
             done.add(table)
             for row in task.descriptors:
-                yield [table, row.number, row.reg_id, row.close_on_exec, row.fifo]
+                yield [table, *row]
 
 
 _ROWS: Final[dict[str, Callable[[Any], Rows]]] = {

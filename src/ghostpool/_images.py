@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -28,6 +29,8 @@ from ghostpool._limits import Limits
 from ghostpool._model import (
     HOST_NS,
     Descriptor,
+    Ghost,
+    GhostId,
     Holder,
     ImageMount,
     Images,
@@ -79,10 +82,15 @@ def read_source(
 ) -> Images:
     """The same for images that need not be in a directory; `path` names them in messages.
 
-    `told` is called with what is known while the rest is being read: "head" (the root namespace,
-    and whether there is an own user namespace), then "mounts", "files" and, many times, "ghosts".
+    `told` is called with what is known while the rest is being read, and takes all of it: "head"
+    (the root namespace, and whether there is an own user namespace), then "mounts", "files" and
+    "ghosts", which are read as it takes them.
     """
-    return _read(ImageDirectory(path, source, limits or Limits()), told or (lambda *_: None))
+    return _read(ImageDirectory(path, source, limits or Limits()), told or _told_nobody)
+
+
+def _told_nobody(_: str, values: Iterable[Any]) -> None:
+    deque(values, maxlen=0)
 
 
 def _read(source: ImageDirectory, told: Callable[[str, Iterable[Any]], None]) -> Images:
@@ -100,10 +108,8 @@ def _read(source: ImageDirectory, told: Callable[[str, Iterable[Any]], None]) ->
     told("mounts", chain.from_iterable(mounts.values()))
     told("files", files.regs.values())
     remaps = read_remaps(source, files)
-    ghosts = {}
-    for ghost in read_ghosts(source, remaps, files):
-        ghosts[ghost.id] = ghost
-        told("ghosts", (ghost,))
+    ghosts: dict[GhostId, Ghost] = {}
+    told("ghosts", read_ghosts(source, remaps, files, ghosts))
     check_remapped(remaps, files, mounts)
     tasks = _tasks(source, living, files, remaps, own_mounts)
     return Images(
@@ -244,8 +250,7 @@ def _tasks(
     remaps: tuple[Remap, ...],
     own_mounts: bool,
 ) -> tuple[Task, ...]:
-    remapped = {remap.origin: remap for remap in remaps}
-    unused = {remap.origin for remap in remaps if remap.kind != "procfs"}
+    remapped = {remap.origin for remap in remaps}
     absent: list[str] = []
     tables: dict[int, tuple[Descriptor, ...]] = {}
     tasks = []
@@ -254,24 +259,33 @@ def _tasks(
         files_id = task.ids.files_id
         if files_id not in tables:
             tables[files_id] = _descriptors(source, files_id, files, absent)
-            unused.difference_update(row.reg_id for row in tables[files_id])
         holders = tuple(
             holder for holder in _holders(source, Pid(task.pid), files) if holder.reg_id in remapped
         )
-        unused.difference_update(holder.reg_id for holder in holders)
         namespace = NsId(task.ids.mnt_ns_id) if own_mounts else HOST_NS
         tasks.append(Task(Pid(task.pid), Pid(task.parent), namespace, tables[files_id], holders))
-    # A ghost may be held by something that is not read here (an inotify mark, a descriptor in
-    # flight), but beside a missing image it is far more likely that this image held it.
-    if unused and absent:
+    if absent:
+        _check_held(remaps, tasks, absent[0])
+    return tuple(tasks)
+
+
+def _check_held(remaps: Iterable[Remap], tasks: Iterable[Task], absent: str) -> None:
+    """Something that was read holds every ghost, if the image `absent` does not.
+
+    A ghost may be held by something that is not read here (an inotify mark, a descriptor in
+    flight), but beside a missing image it is far more likely that this image held it.
+    """
+    held = {row.reg_id for task in tasks for row in task.descriptors}
+    held.update(holder.reg_id for task in tasks for holder in task.holders)
+    unused = {r.origin: r.record for r in remaps if r.kind != "procfs" and r.origin not in held}
+    if unused:
         origin = min(unused)
         raise ImageError(
-            absent[0],
+            absent,
             None,
             f"is missing, and nothing else refers to file id {origin} of remap-fpath.img, "
-            f"record {remapped[origin].record}",
+            f"record {unused[origin]}",
         )
-    return tuple(tasks)
 
 
 def _descriptors(
@@ -280,6 +294,7 @@ def _descriptors(
     name = f"fdinfo-{files_id}.img"
     if name not in source.names:
         absent.append(name)
+    regs = files.regs
     rows: dict[int, Descriptor | None] = {}
     for number, entry in enumerate(source.records(name, "fdinfo")):
         fd = entry.fd
@@ -287,21 +302,21 @@ def _descriptors(
             raise ImageError(name, number, f"repeats descriptor {fd}")
         if fd >> 31:
             raise ImageError(name, number, f"{fd} is no number of a descriptor")
-        key = (entry.type, entry.id)
-        if key not in files.leads_to:
-            kind = "" if entry.type == FD_TYPE_REG else f" of type {entry.type}"
+        kind, ident = entry.type, entry.id
+        if kind == FD_TYPE_REG and ident in regs:
+            reg = ident
+        elif (kind, ident) in files.others:
+            reg = files.others[kind, ident]
+            if reg is None:
+                rows[fd] = None
+                continue
+        else:
+            kind = "" if kind == FD_TYPE_REG else f" of type {kind}"
             raise ImageError(
-                name,
-                number,
-                f"refers to file id {entry.id}{kind}, which files.img does not hold",
+                name, number, f"refers to file id {ident}{kind}, which files.img does not hold"
             )
-        reg = files.leads_to[key]
-        rows[fd] = (
-            None
-            if reg is None
-            else Descriptor(fd, reg, bool(entry.flags & 1), entry.type == FD_TYPE_FIFO)
-        )
-    return tuple(row for _, row in sorted(rows.items()) if row is not None)
+        rows[fd] = Descriptor(fd, reg, bool(entry.flags & 1), kind == FD_TYPE_FIFO)
+    return tuple(row for fd in sorted(rows) if (row := rows[fd]) is not None)
 
 
 def _holders(source: ImageDirectory, pid: Pid, files: FileTable) -> Iterable[Holder]:
@@ -326,9 +341,10 @@ def _holders(source: ImageDirectory, pid: Pid, files: FileTable) -> Iterable[Hol
 
 
 def _check_mount_ids(files: FileTable, mounts: dict[NsId, tuple[ImageMount, ...]]) -> None:
-    known = {mount.id for table in mounts.values() for mount in table}
+    known: set[MntId | None] = {mount.id for table in mounts.values() for mount in table}
+    known.add(None)
     for reg in files.regs.values():
-        if reg.mnt_id is not None and reg.mnt_id not in known and not reg.external:
+        if reg.mnt_id not in known and not reg.external:
             raise ImageError(
                 "files.img",
                 files.records[reg.id],

@@ -40,6 +40,12 @@ class ImageSource(Protocol):
     def open(self, name: str) -> OpenImage | None:
         """The image `name`; None if there is none. ImageError: it is no regular file."""
 
+    def first(self, name: str, length: int) -> tuple[bytes, int] | None:
+        """The first `length` bytes of the image `name`, and its size, at the least cost.
+
+        None where there is any difficulty: `open` says which.
+        """
+
     def expect(self, names: list[str]) -> None:
         """Hint: these will be opened, in this order."""
 
@@ -80,6 +86,22 @@ class DirectorySource:
             return OpenFile(name, os.open(name, OPEN_FLAGS, dir_fd=self._fd))
         except OSError as error:
             return self.failed(name, error.errno or errno.EIO)
+
+    def first(self, name: str, length: int) -> tuple[bytes, int] | None:
+        try:
+            fd = os.open(name, OPEN_FLAGS, dir_fd=self._fd)
+        except OSError:
+            return None
+        try:
+            data = os.pread(fd, length, 0)
+            if 0 < len(data) < length:
+                return data, len(data)
+            status = os.fstat(fd)
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+        return (data, status.st_size) if stat.S_ISREG(status.st_mode) else None
 
     def failed(self, name: str, code: int) -> OpenImage | None:
         """What an open that failed with errno `code` comes to."""

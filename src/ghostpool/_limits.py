@@ -136,6 +136,25 @@ class Tally:
         if self._memory + _TRANSIENT * length > self.limits.memory:
             self._too_much(file, record, self._memory + _TRANSIENT * length)
 
+    def records(self, kind: str, number: int, length: int) -> bool:
+        """Enter so many records, short ones of `length` bytes together, before they are parsed.
+
+        False: they may be too much, and nothing is entered; `record` says which of them is.
+        """
+        memory = self._memory
+        total = 0
+        if kind in _COUNTED:
+            total = self._counts[kind] + number
+            memory += _COUNTED[kind].cost * number + length
+            if total > self._most[kind]:
+                return False
+        if memory + _TRANSIENT * length > self.limits.memory:
+            return False
+        if kind in _COUNTED:
+            self._counts[kind] = total
+            self._memory = memory
+        return True
+
     def size(self, file: str, size: int) -> None:
         """Enter the apparent size of a ghost."""
         one = self.limits.size

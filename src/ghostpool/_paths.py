@@ -37,7 +37,7 @@ def is_below(path: bytes, root: bytes) -> bool:
 
 def is_on_mount(path: bytes, mountpoint: bytes) -> bool:
     """The same for absolute paths: `path` is the mount point or below it."""
-    return path == mountpoint or path.startswith(mountpoint.rstrip(b"/") + b"/")
+    return path.startswith(mountpoint.rstrip(b"/") + b"/") or path == mountpoint
 
 
 def relative_to(path: bytes, root: bytes) -> bytes:

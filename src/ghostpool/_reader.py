@@ -32,6 +32,7 @@ from ghostpool._protocol import take_rights
 STILL_S: Final = 1.0
 """How often the reader says that it goes on."""
 
+encode: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _SPACE: Final = _socket.CMSG_SPACE(253 * 4)
 
 
@@ -44,7 +45,7 @@ class Said:
 
     def say(self, kind: str, value: Any) -> None:
         """Send a frame, or several if the rows do not fit into one."""
-        body = json.dumps([kind, value]).encode()
+        body = encode([kind, value]).encode()
         if len(body) > MAX_FRAME and len(value) > 1:
             half = len(value) // 2
             self.say(kind, value[:half])
@@ -96,6 +97,10 @@ class AskingSource(DirectorySource):
         if name not in self._got:
             return super().open(name)
         return self._take(name)
+
+    def first(self, name: str, length: int) -> tuple[bytes, int] | None:
+        self._said.go_on()
+        return None if name in self._got else super().first(name, length)
 
     def failed(self, name: str, code: int) -> OpenImage | None:
         if code not in (errno.EACCES, errno.EPERM) or name in self._got:

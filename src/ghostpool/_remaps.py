@@ -33,47 +33,48 @@ def read_remaps(source: ImageDirectory, files: FileTable) -> tuple[Remap, ...]:
     """The records of remap-fpath.img in file order, each of them leading somewhere."""
     name = "remap-fpath.img"
     remaps: dict[RegId, Remap] = {}
+    regs = files.regs
     for number, entry in enumerate(source.records(name, "remap-fpath")):
-        origin, target = RegId(entry.orig_id), entry.remap_id
-        if entry.HasField("remap_type"):
-            code = entry.remap_type
-        else:  # CRIU wrote no type before 1.4, and none for links before 2.9
+        origin, target, code = entry.orig_id, entry.remap_id, entry.remap_type
+        if not code and not entry.HasField("remap_type"):
+            # CRIU wrote no type before 1.4, and none for links before 2.9
             code = 1 if target & _OLD_GHOST_BIT else 0
             target &= ~_OLD_GHOST_BIT
         kind = _KINDS.get(code)
         if kind is None:
             raise UnsupportedError(f"{name}, record {number}: remap type {code} is unknown")
-        if origin not in files.regs:
+        if origin not in regs:
             raise ImageError(
                 name, number, f"refers to file id {origin}, which files.img does not hold"
             )
         if origin in remaps:
             raise ImageError(name, number, f"repeats file id {origin}")
-        if files.regs[origin].external:
+        if regs[origin].external:
             raise ImageError(name, number, f"file id {origin} is external, it can have no remap")
-        if kind == "linked" and RegId(target) not in files.regs:
+        if kind == "linked" and target not in regs:
             raise ImageError(
                 name, number, f"leads to file id {target}, which files.img does not hold"
             )
         remaps[origin] = Remap(number, origin, kind, target)
-    needed = {ghost_file_name(remap.target) for remap in remaps.values() if remap.kind == "ghost"}
-    for image in sorted(source.names - needed):
+    return tuple(remaps.values())
+
+
+def _check_complete(
+    source: ImageDirectory, remaps: tuple[Remap, ...], files: FileTable, images: Iterable[str]
+) -> None:
+    """Every ghost image, and every hidden name that the dump made, has its record."""
+    name = "remap-fpath.img"
+    for image in sorted(source.names.difference(images)):
         if _STRAY_GHOST.fullmatch(image):
             raise ImageError(
                 name, None, f"{image} is there, but no record refers to it: is {name} cut?"
             )
-    _check_links(name, remaps.values(), files)
-    return tuple(remaps.values())
-
-
-def _check_links(name: str, remaps: Iterable[Remap], files: FileTable) -> None:
-    """Every hidden name that the dump made has its record."""
-    needed = {remap.target for remap in remaps if remap.kind == "linked"}
+    linked = {remap.target for remap in remaps if remap.kind == "linked"}
     for reg in files.regs.values():
         if (
-            reg.id not in needed
-            and reg.mnt_id is None
+            reg.mnt_id is None
             and reg.mode is None
+            and reg.id not in linked
             and reg.name.endswith(b"/link_remap.%d" % reg.id)
         ):
             raise ImageError(
@@ -84,12 +85,18 @@ def _check_links(name: str, remaps: Iterable[Remap], files: FileTable) -> None:
 
 
 def read_ghosts(
-    source: ImageDirectory, remaps: tuple[Remap, ...], files: FileTable
+    source: ImageDirectory,
+    remaps: tuple[Remap, ...],
+    files: FileTable,
+    ghosts: dict[GhostId, Ghost],
 ) -> Iterator[Ghost]:
-    """The ghosts that the remaps lead to, held against what files.img says of them."""
-    ghosts: dict[GhostId, Ghost] = {}
-    ids = dict.fromkeys(remap.target for remap in remaps if remap.kind == "ghost")
-    source.expect([ghost_file_name(ghost) for ghost in ids])
+    """The ghosts that the remaps lead to, held against what files.img says of them.
+
+    Each goes into `ghosts` as well.
+    """
+    images = {GhostId(r.target): ghost_file_name(r.target) for r in remaps if r.kind == "ghost"}
+    _check_complete(source, remaps, files, images.values())
+    source.expect(list(images.values()))
     for remap in remaps:
         if remap.kind != "ghost":
             continue
@@ -97,7 +104,8 @@ def read_ghosts(
         ghost = ghosts.get(ghost_id)
         new = ghost is None
         if ghost is None:
-            ghost = ghosts[ghost_id] = read_ghost(source, ghost_id, referrer=remap.record)
+            image = images[ghost_id]
+            ghost = ghosts[ghost_id] = read_ghost(source, ghost_id, image, referrer=remap.record)
         reg = files.regs[remap.origin]
         if reg.size is not None and reg.size != ghost.size and stat.S_ISREG(ghost.mode):
             problem = f"has {ghost.size} bytes", f"{reg.size}"
@@ -117,17 +125,18 @@ def check_remapped(
     """What a file has to have so that it can be opened under its old name again."""
     points = {mount.id: mount.mountpoint for table in mounts.values() for mount in table}
     for remap in remaps:
-        reg = files.regs[remap.origin]
-        problem = None
         if remap.kind == "procfs":
             continue
+        reg = files.regs[remap.origin]
+        problem = None
         if reg.position is not None and reg.position >> 63:
             problem = f"{reg.position} is no position in a file"
         elif reg.flags >> 31:
             problem = f"{reg.flags:#x} are no open flags"
-        elif mounts and reg.mnt_id is None:
-            problem = f"{reg.name!r} was removed, but the record does not say from which mount"
-        elif reg.mnt_id is not None and not is_on_mount(reg.name, points[reg.mnt_id]):
+        elif reg.mnt_id is None:
+            if mounts:
+                problem = f"{reg.name!r} was removed, but the record does not say from which mount"
+        elif not is_on_mount(reg.name, points[reg.mnt_id]):
             problem = f"{reg.name!r} is not below its mount {reg.mnt_id} at {points[reg.mnt_id]!r}"
         if problem is not None:
             raise ImageError("files.img", files.records[reg.id], problem)

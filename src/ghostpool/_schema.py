@@ -9,6 +9,7 @@ the descriptor is built at import in a pool of its own.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -17,8 +18,9 @@ from google.protobuf.message import DecodeError
 from ghostpool._errors import ImageError
 from ghostpool._limits import Limits, beyond
 
-# "<number> <r required, o optional, * repeated> <type> <name>", comma-separated. Sub-messages
-# that nothing reads stay undeclared, even where CRIU itself requires them (reg: fown).
+# "<number> <r required, o optional, * repeated> <type> <name>", comma-separated; some with what
+# they are if they are not there. Sub-messages that nothing reads stay undeclared, even where CRIU
+# itself requires them (reg: fown).
 _MESSAGES: Final = {
     "task_kobj_ids_entry": """
         1 r uint32 vm_id, 2 r uint32 files_id, 3 r uint32 fs_id, 4 r uint32 sighand_id,
@@ -35,7 +37,7 @@ _MESSAGES: Final = {
     "mm_entry": "12 r uint32 exe_file_id, 14 * vma_entry vmas",
     "fdinfo_entry": "1 r uint32 id, 2 r uint32 flags, 3 r int32 type, 4 r uint32 fd",
     "reg_file_entry": """
-        1 r uint32 id, 2 r uint32 flags, 3 r uint64 pos, 6 r bytes name, 7 o sint32 mnt_id,
+        1 r uint32 id, 2 r uint32 flags, 3 r uint64 pos, 6 r bytes name, 7 o sint32 mnt_id -1,
         8 o uint64 size, 9 o bool ext, 10 o uint32 mode""",
     "unix_sk_entry": "1 r uint32 id, 11 r bytes name, 14 o bytes name_dir, 15 o bool deleted",
     "fifo_entry": "1 r uint32 id, 2 r uint32 pipe_id, 3 o uint32 regf_id",
@@ -87,8 +89,10 @@ def _file() -> descriptor_pb2.FileDescriptorProto:
     for name, fields in _MESSAGES.items():
         message = file.message_type.add(name=name)
         for field in fields.split(","):
-            number, label, kind, field_name = field.split()
+            number, label, kind, field_name, *default = field.split()
             added = message.field.add(name=field_name, number=int(number), label=labels[label])
+            if default:
+                added.default_value = default[0]
             if kind in types:
                 added.type = types[kind]
             else:
@@ -126,17 +130,38 @@ def decode(kind: Any, data: bytes, file: str, record: int) -> Any:
         # continuation bit, in a longer spelling): a bound, before two bytes become fifty.
         what = f"up to {most:,} mappings"
         raise beyond(file, record, what, f"{_MAPPINGS:,}", "dump a task with fewer of them")
+    message = attempt(kind, data)
+    if message is not None:
+        return message
     try:
         message = kind.FromString(data)
     except DecodeError:
         raise ImageError(
             file, record, f"the {len(data)} bytes are not a {kind.DESCRIPTOR.name}"
         ) from None
+    raise ImageError(file, record, f"{kind.DESCRIPTOR.name} lacks {_missing(message)}")
+
+
+def attempt(kind: Any, data: bytes) -> Any:
+    """The message; None for what `decode` raises an error for."""
+    try:
+        message = kind.FromString(data)
+    except DecodeError:
+        return None
     # The runtime (upb) parses a message without its required fields without a murmur; CRIU
     # refuses it, and every reader after us would see zeros.
-    if not message.IsInitialized():
-        raise ImageError(file, record, f"{kind.DESCRIPTOR.name} lacks {_missing(message)}")
-    return message
+    return message if message.IsInitialized() else None
+
+
+def decode_all(kind: Any, pieces: list[bytes], file: str, first: int) -> Iterable[Any]:
+    """Parse records, the first of which is number `first`; as `decode` does, but at once."""
+    try:
+        messages = [] if kind is _MM else list(map(kind.FromString, pieces))
+    except DecodeError:
+        messages = []
+    if messages and all(map(kind.IsInitialized, messages)):
+        return messages
+    return (decode(kind, data, file, number) for number, data in enumerate(pieces, first))
 
 
 def _missing(message: Any) -> str:
@@ -154,4 +179,4 @@ def _missing(message: Any) -> str:
     raise AssertionError(message.DESCRIPTOR.name)
 
 
-__all__ = ["decode", "message_class"]
+__all__ = ["attempt", "decode", "decode_all", "message_class"]

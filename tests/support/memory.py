@@ -35,6 +35,10 @@ class MemorySource:
         data = self._images.get(name)
         return None if data is None else OpenBytes(data)
 
+    def first(self, name: str, length: int) -> tuple[bytes, int] | None:
+        data = self._images.get(name)
+        return None if data is None else (data[:length], len(data))
+
     def expect(self, names: list[str]) -> None:
         pass
 

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from ghostpool._imagefile import Window
 from ghostpool._images import read_source
 from ghostpool._model import Images
 from tests.fuzz import run as fuzz
+from tests.fuzz.mutate import Mutator
+from tests.support.memory import MemorySource
 
 ROOT = Path(__file__).parents[2]
 CRASHES = sorted((ROOT / "tests" / "fuzz" / "crashes").glob("*.json"))
@@ -49,6 +52,24 @@ def test_a_seed_is_a_run() -> None:
     first, second, other = (fuzz.run(300, seed) for seed in (3, 3, 4))
     assert (first.errors, first.kinds) == (second.errors, second.kinds)
     assert first.errors != other.errors
+
+
+def test_reading_singly_is_no_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records are taken in bulk, and a ghost image by one read, as long as nothing is wrong."""
+
+    class Singly(MemorySource):
+        def first(self, *_: object) -> None:
+            return None
+
+    mutator = Mutator(7, fuzz.corpus())
+    drawn = [mutator.draw()[1] for _ in range(1500)]
+    drawn = [images for images in drawn if sum(map(len, images.values())) < 1 << 20]
+    at_once = [fuzz.check(images) for images in drawn]
+    monkeypatch.setattr(Window, "records", lambda _, at: ([], at))
+    monkeypatch.setattr(fuzz, "MemorySource", Singly)
+    singly = [fuzz.check(images) for images in drawn]
+    assert at_once == singly
+    assert len(set(singly)) > 100
 
 
 def test_a_mistake_is_found_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
