@@ -25,6 +25,8 @@ from ghostpool._planned import Policy
 
 _TMPFILE_BIT = os.O_TMPFILE & ~os.O_DIRECTORY
 _DROPPED_FLAGS = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_CLOEXEC
+_DEVICES = frozenset((stat.S_IFCHR, stat.S_IFBLK))
+_SETID = stat.S_ISUID | stat.S_ISGID
 _MOST_EXTENTS = 250_000
 """What fits one request to a worker; 1 GiB of which every other block is a hole has as many."""
 # Python says 0 on 64-bit machines, but fdinfo shows the kernel's own value there.
@@ -45,11 +47,16 @@ _KNOWN_FLAGS = (
 )
 
 
+def is_privileged(mode: int) -> bool:
+    """A ghost of this st_mode could give somebody more than he has."""
+    return mode & _SETID != 0 or stat.S_IFMT(mode) in _DEVICES
+
+
 def privileges_of(ghost: Ghost, policy: Policy) -> tuple[tuple[str, ...], bool]:
     """What of a ghost needs the operator's word, and whether he has given it."""
     kinds: list[str] = []
     allowed = True
-    if stat.S_ISCHR(ghost.mode) or stat.S_ISBLK(ghost.mode):
+    if stat.S_IFMT(ghost.mode) in _DEVICES:
         kind = "char" if stat.S_ISCHR(ghost.mode) else "block"
         rdev = ghost.rdev or 0
         kinds.append(f"{kind} device {os.major(rdev)}:{os.minor(rdev)}")
@@ -63,24 +70,27 @@ def privileges_of(ghost: Ghost, policy: Policy) -> tuple[tuple[str, ...], bool]:
 
 def check_ghost(ghost: Ghost, policy: Policy) -> None:
     """Refuse what the operator has not allowed. PlanError."""
-    kind = stat.S_IFMT(ghost.mode)
-    if kind in (stat.S_IFCHR, stat.S_IFBLK) and not policy.allow_devices:
-        rdev = ghost.rdev or 0
-        raise PlanError(
-            f"a device ({os.major(rdev)}:{os.minor(rdev)}), refused without --allow-devices"
-        )
-    setuid = ghost.mode & (stat.S_ISUID | stat.S_ISGID)
-    if setuid and not policy.allow_setuid:
-        raise PlanError(
-            f"a setuid or setgid file (mode {stat.S_IMODE(ghost.mode):04o}), refused "
-            "without --allow-setuid"
-        )
+    if is_privileged(ghost.mode):
+        _check_privileged(ghost, policy)
     if len(ghost.extents) > _MOST_EXTENTS:
         raise PlanError(
             f"{len(ghost.extents)} pieces of content, more than {_MOST_EXTENTS} in one file"
         )
     if not policy.own_owner and not policy.mapped(ghost.uid, ghost.gid):
         raise PlanError(f"its owner {ghost.uid}:{ghost.gid} does not exist in this user namespace")
+
+
+def _check_privileged(ghost: Ghost, policy: Policy) -> None:
+    if stat.S_IFMT(ghost.mode) in _DEVICES and not policy.allow_devices:
+        rdev = ghost.rdev or 0
+        raise PlanError(
+            f"a device ({os.major(rdev)}:{os.minor(rdev)}), refused without --allow-devices"
+        )
+    if ghost.mode & _SETID and not policy.allow_setuid:
+        raise PlanError(
+            f"a setuid or setgid file (mode {stat.S_IMODE(ghost.mode):04o}), refused "
+            "without --allow-setuid"
+        )
 
 
 def open_flags(file: RegFile, ghost: Ghost, mount: LiveMount) -> int:
@@ -97,7 +107,7 @@ def open_flags(file: RegFile, ghost: Ghost, mount: LiveMount) -> int:
     kind = stat.S_IFMT(ghost.mode)
     if kind == stat.S_IFLNK:
         raise PlanError("a symbolic link that was not opened with O_PATH")
-    if kind in (stat.S_IFCHR, stat.S_IFBLK) and mount.attributes & Attr.NODEV:
+    if kind in _DEVICES and mount.attributes & Attr.NODEV:
         raise PlanError(f"a device on {text(mount.mountpoint)}, which is nodev now")
     writes = flags & os.O_ACCMODE != os.O_RDONLY
     if kind == stat.S_IFREG and writes and mount.read_only:

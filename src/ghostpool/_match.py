@@ -7,18 +7,17 @@ never by number, since the ids in images are another kernel's. Pure.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ghostpool._errors import GhostpoolError, MountNotFound, Overmounted
 from ghostpool._model import ImageMount, Images, MntId, NsId, RegFile
 from ghostpool._mountinfo import LiveMount
 from ghostpool._mounttable import MountTable
-from ghostpool._paths import is_below, join, relative_to, text
+from ghostpool._paths import join, text
 from ghostpool._targets import Target
 
 
-@dataclass(frozen=True, slots=True)
-class Namespace:
+class Namespace(NamedTuple):
     """A target and its mount table, as the plan sees them."""
 
     id: NsId
@@ -26,8 +25,7 @@ class Namespace:
     table: MountTable
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
+class Site(NamedTuple):
     """Where an old name lives: a live mount and a path inside it."""
 
     namespace: Namespace
@@ -52,31 +50,31 @@ class Matcher:
         self._stacks: dict[tuple[NsId, bytes], list[ImageMount]] = {}
         for mount in self._mounts.values():
             self._stacks.setdefault((mount.namespace, mount.mountpoint), []).append(mount)
-        self._live: dict[MntId, LiveMount | GhostpoolError] = {}
+        self._found: dict[MntId, tuple[Namespace, LiveMount, bytes] | GhostpoolError] = {}
 
     def site(self, file: RegFile) -> Site:
         """Where `file` is to be opened. MountNotFound, Overmounted."""
         if file.mnt_id is None:
             return self._site_by_path(file)
-        image_mount = self._mounts[file.mnt_id]
-        namespace = self._namespaces[image_mount.namespace]
-        live = self._live.get(file.mnt_id)
-        if live is None:
+        found = self._found.get(file.mnt_id)
+        if found is None:
+            mount = self._mounts[file.mnt_id]
+            namespace = self._namespaces[mount.namespace]
             try:
-                live = self._match(image_mount, namespace)
+                found = namespace, self._match(mount, namespace), mount.mountpoint
             except GhostpoolError as error:
-                live = error
-            self._live[file.mnt_id] = live
-        if isinstance(live, GhostpoolError):
-            raise live
-        return _site(namespace, live, file.name, image_mount.mountpoint)
+                found = error
+            self._found[file.mnt_id] = found
+        if isinstance(found, GhostpoolError):
+            raise found
+        return _site(*found, file.name)
 
     def _site_by_path(self, file: RegFile) -> Site:
         namespace = self._namespaces[self._images.root_namespace]
         live = namespace.table.containing(file.name.rpartition(b"/")[0])
         if live is None:
             raise MountNotFound(f"{namespace.target.label}: no mount holds {text(file.name)}")
-        return _site(namespace, live, file.name, live.mountpoint)
+        return _site(namespace, live, live.mountpoint, file.name)
 
     def _match(self, mount: ImageMount, namespace: Namespace) -> LiveMount:
         stack = namespace.table.stack(mount.mountpoint)
@@ -118,11 +116,11 @@ class Matcher:
         )
 
 
-def _site(namespace: Namespace, live: LiveMount, name: bytes, mountpoint: bytes) -> Site:
-    inside = relative_to(name.lstrip(b"/"), mountpoint.strip(b"/"))
-    if not is_below(name.lstrip(b"/"), mountpoint.strip(b"/")) or not inside:
+def _site(namespace: Namespace, live: LiveMount, mountpoint: bytes, name: bytes) -> Site:
+    above = mountpoint.rstrip(b"/") + b"/"
+    if not name.startswith(above) or name == above:
         raise MountNotFound(
             f"{text(name)} is not below {text(mountpoint)}, the mount point of its mount"
         )
-    directory, _, last = inside.rpartition(b"/")
+    directory, _, last = name[len(above) :].rpartition(b"/")
     return Site(namespace, live, directory, last)

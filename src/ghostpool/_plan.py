@@ -16,8 +16,15 @@ import errno
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from ghostpool._admission import check_ghost, check_mount, open_flags, privileges_of
+from ghostpool._admission import (
+    check_ghost,
+    check_mount,
+    is_privileged,
+    open_flags,
+    privileges_of,
+)
 from ghostpool._errors import (
     GhostpoolError,
     Overmounted,
@@ -26,6 +33,7 @@ from ghostpool._errors import (
 )
 from ghostpool._match import Matcher, Namespace, Site
 from ghostpool._model import (
+    Ghost,
     GhostId,
     Images,
     MountHandle,
@@ -33,7 +41,6 @@ from ghostpool._model import (
     RegFile,
     RegId,
     Remap,
-    Task,
 )
 from ghostpool._mountinfo import LiveMount
 from ghostpool._needs import Counts
@@ -58,6 +65,21 @@ ALTERNATIVE = b".cr_link"
 _NAME_MAX = 255
 
 
+class _Spot(NamedTuple):
+    """A directory of old names."""
+
+    existing: bytes
+    """The part of it that exists, relative to the root of its mount."""
+    missing: tuple[bytes, ...]
+    """The components that do not."""
+    place: bytes
+    """`existing` inside the file system."""
+    group: tuple[int, int]
+    """Identity of `existing`."""
+    taken: dict[bytes, tuple[bool, bool]]
+    """Names: whether something has them, and the ones beside them; empty if nothing has any."""
+
+
 class Planner:
     """Makes a plan in two steps, with a look at the live old names between them.
 
@@ -75,9 +97,11 @@ class Planner:
         self._token = token
         self._matcher = Matcher(images, namespaces)
         self._handles: dict[tuple[int, int], PlannedMount] = {}
+        self._found: dict[tuple[int, int, int, int], tuple[PlannedMount, int]] = {}
         self._openings: dict[RegId, Opening] = {}
         self._by_ghost: dict[GhostId, list[Opening]] = {}
         self._wanted: dict[tuple[MountHandle, bytes], dict[bytes, int]] = {}
+        self._spots: dict[tuple[MountHandle, bytes], _Spot] = {}
         self._used: dict[tuple[int, bytes, bytes], GhostId] = {}
         self._collect()
 
@@ -98,10 +122,10 @@ class Planner:
         self._plan.refusals.append(Refusal(subject, error))
 
     def _collect(self) -> None:
-        held: dict[RegId, tuple[Task, bool]] = {}
+        held: dict[RegId, bool] = {}  # and whether as a fifo
         for task in self._images.tasks:
             for descriptor in task.descriptors:
-                held.setdefault(descriptor.reg_id, (task, descriptor.fifo))
+                held.setdefault(descriptor.reg_id, descriptor.fifo)
         if self._images.own_user_namespace:
             self.refuse(
                 self._images.directory,
@@ -111,11 +135,10 @@ class Planner:
             )
         for remap in self._images.remaps:
             file = self._images.files[remap.origin]
-            subject = f"{text(file.name)} (file id {file.id})"
             try:
                 self._collect_one(remap, file, held)
             except GhostpoolError as error:
-                self.refuse(subject, error)
+                self.refuse(f"{text(file.name)} (file id {file.id})", error)
         self._list_privileged()
         remapped = {remap.origin for remap in self._images.remaps if remap.kind != "procfs"}
         for task in self._images.tasks:
@@ -135,20 +158,16 @@ class Planner:
 
     def _list_privileged(self) -> None:
         """Each such ghost once, by the first of its names, refused for another reason or not."""
-        listed: set[GhostId] = set()
-        for remap in self._images.remaps:
-            ghost = self._images.ghosts.get(GhostId(remap.target))
-            if remap.kind != "ghost" or ghost is None or ghost.id in listed:
-                continue
-            kinds, allowed = privileges_of(ghost, self._policy)
-            if kinds:
-                listed.add(ghost.id)
+        left = {g.id for g in self._images.ghosts.values() if is_privileged(g.mode)}
+        for remap in self._images.remaps if left else ():
+            if remap.kind == "ghost" and remap.target in left:
+                ghost = self._images.ghosts[GhostId(remap.target)]
+                left.remove(ghost.id)
+                kinds, allowed = privileges_of(ghost, self._policy)
                 name = text(self._images.files[remap.origin].name)
                 self._plan.privileged.append(Privileged(ghost.file, name, kinds, allowed))
 
-    def _collect_one(
-        self, remap: Remap, file: RegFile, held: Mapping[RegId, tuple[Task, bool]]
-    ) -> None:
+    def _collect_one(self, remap: Remap, file: RegFile, held: Mapping[RegId, bool]) -> None:
         if remap.kind == "procfs":
             self._plan.warnings.append(
                 f"{text(file.name)}: a file of a dead process in /proc is left alone"
@@ -172,22 +191,35 @@ class Planner:
                 "the images contradict each other"
             )
         site = self._matcher.site(file)
-        fifo = held[file.id][1]
-        flags = open_flags(file, ghost, site.mount)
-        check_mount(site)
+        mount, flags = self._admitted(file, ghost, site)
         pending = self._images.pending_fifo_bytes.get(file.id, 0)
         if pending:
             self._plan.warnings.append(
                 f"{text(file.name)}: {pending} bytes that waited in the fifo are not restored yet"
             )
-        opening = Opening(file, ghost, self._planned_mount(site), site, flags, fifo)
+        opening = Opening(file, ghost, mount, site, flags, held[file.id])
         self._openings[file.id] = opening
-        names = self._wanted.setdefault((opening.mount.handle, site.directory), {})
+        key = mount.handle, site.directory
+        names = self._wanted.get(key)
+        if names is None:
+            names = self._wanted[key] = {}
         names.setdefault(site.name, len(names))
-        self._by_ghost.setdefault(ghost.id, []).append(opening)
+        openings = self._by_ghost.get(ghost.id)
+        if openings is None:
+            self._by_ghost[ghost.id] = [opening]
+        else:
+            openings.append(opening)
 
-    def _planned_mount(self, site: Site) -> PlannedMount:
-        return self._planned(site.namespace, site.mount)
+    def _admitted(self, file: RegFile, ghost: Ghost, site: Site) -> tuple[PlannedMount, int]:
+        """The mount of a site and the flags to open a file there with, checked once per mount."""
+        mount = site.mount
+        key = site.namespace.target.index, mount.mnt_id, file.flags, ghost.mode
+        admitted = self._found.get(key)
+        if admitted is None:
+            flags = open_flags(file, ghost, mount)
+            check_mount(site)
+            admitted = self._found[key] = self._planned(site.namespace, mount), flags
+        return admitted
 
     def _planned(self, namespace: Namespace, mount: LiveMount) -> PlannedMount:
         key = (namespace.target.index, mount.mnt_id)
@@ -202,7 +234,7 @@ class Planner:
     def add_bases(self) -> None:
         """Add the mounts that lend a clone where a ghost's opens share no directory."""
         for openings in self._by_ghost.values():
-            if self._common_root(openings) is None:
+            if len(openings) > 1 and self._common_root(openings) is None:
                 base = self._find_base(openings)
                 if base is not None:
                     self._planned(*base)
@@ -256,12 +288,13 @@ class Planner:
             if planned.handle in leased
         ]
 
-    def _seen(
-        self, opening: Opening, looks: Mapping[tuple[MountHandle, bytes], Look]
-    ) -> tuple[Look, bool, bool]:
-        """The look at an opening's directory, and whether its name and its other one are taken."""
+    def _spot(self, opening: Opening, looks: Mapping[tuple[MountHandle, bytes], Look]) -> _Spot:
+        """What was seen at an opening's directory; worked out once for all names there."""
         site = opening.site
-        key = (opening.mount.handle, site.directory)
+        key = opening.mount.handle, site.directory
+        spot = self._spots.get(key)
+        if spot is not None:
+            return spot
         look = looks[key]
         if look.errno:
             where = join(site.mount.mountpoint, site.directory)
@@ -270,12 +303,30 @@ class Planner:
             if look.errno == errno.ELOOP:
                 raise PlanError(f"{text(where)} leads through a symbolic link now")
             raise PlanError(f"{text(where)}: {os.strerror(look.errno)}")
-        number = self._wanted[key][site.name]
-        return look, look.taken[number], look.taken_alternative[number]
+        components = site.directory.split(b"/") if site.directory else []
+        existing = b"/".join(components[: look.existing])
+        spot = _Spot(
+            existing=existing,
+            missing=tuple(components[look.existing :]),
+            place=join(opening.mount.root, existing),
+            group=(look.device, look.inode),
+            taken=dict(
+                zip(
+                    self._wanted[key],
+                    zip(look.taken, look.taken_alternative, strict=True),
+                    strict=True,
+                )
+            )
+            if any(look.taken) or any(look.taken_alternative)
+            else {},
+        )
+        self._spots[key] = spot
+        return spot
 
-    def _names(self, opening: Opening, taken: bool, taken_alternative: bool) -> tuple[bytes, ...]:
+    def _names(self, opening: Opening, spot: _Spot) -> tuple[bytes, ...]:
         """The old name, and what to use instead if something has it."""
         name = opening.site.name
+        taken, taken_alternative = spot.taken.get(name, (False, False))
         alternative = name + ALTERNATIVE
         fits = len(alternative) <= _NAME_MAX
         if self._policy.keep:
@@ -322,19 +373,10 @@ class Planner:
         openings: list[Opening],
         looks: Mapping[tuple[MountHandle, bytes], Look],
     ) -> None:
-        devices = {o.mount.mount.device for o in openings}
-        if len(devices) > 1:
-            raise PlanError(
-                "its names are on different superblocks now: "
-                + ", ".join(sorted({o.mount.label for o in openings}))
-            )
-        root = self._common_root(openings)
-        first, seen = self._first_place(openings, root, looks)
-        look = seen[0]
-        components = first.site.directory.split(b"/") if first.site.directory else []
-        directory = b"/".join(components[: look.existing])
+        first, spot, shared = self._first_place(openings, looks)
+        directory = spot.existing
         mount = first.mount
-        if root is None:
+        if not shared:
             base = self._find_base(openings)
             if base is None:
                 raise UnsupportedError(
@@ -342,37 +384,42 @@ class Planner:
                     "namespaces holds both: " + ", ".join(sorted({o.mount.label for o in openings}))
                 )
             mount = self._planned(*base)
-            inside = join(first.mount.root, directory)
-            directory = relative_to(inside, mount.root)
-        ghost = openings[0].ghost
+            directory = relative_to(spot.place, mount.root)
         final: tuple[bytes, ...] = ()
         parents: tuple[bytes, ...] = ()
-        if stat.S_ISDIR(ghost.mode):
-            final = self._names(first, *seen[1:])
-            parents = tuple(components[look.existing :])
+        if stat.S_ISDIR(first.ghost.mode):
+            final = self._names(first, spot)
+            parents = spot.missing
         self._plan.ghosts[ghost_id] = PlannedGhost(
-            ghost=ghost,
+            ghost=first.ghost,
             mount=mount,
             directory=directory,
             name=b".ghostpool-%s-%x" % (self._token, ghost_id),
             parents=parents,
             final=final,
-            group=(look.device, look.inode),
+            group=spot.group,
         )
 
     def _first_place(
-        self,
-        openings: Sequence[Opening],
-        root: bytes | None,
-        looks: Mapping[tuple[MountHandle, bytes], Look],
-    ) -> tuple[Opening, tuple[Look, bool, bool]]:
-        """The first open, in the order of the records, whose directory all mounts can see."""
+        self, openings: Sequence[Opening], looks: Mapping[tuple[MountHandle, bytes], Look]
+    ) -> tuple[Opening, _Spot, bool]:
+        """The first open, in the order of the records, whose directory all mounts can see.
+
+        False with the very first one: no mount's subtree holds those of the others.
+        """
+        if len(openings) == 1:
+            return openings[0], self._spot(openings[0], looks), True
+        devices = {o.mount.mount.device for o in openings}
+        if len(devices) > 1:
+            raise PlanError(
+                "its names are on different superblocks now: "
+                + ", ".join(sorted({o.mount.label for o in openings}))
+            )
+        root = self._common_root(openings)
         for opening in openings:
-            seen = self._seen(opening, looks)
-            existing = opening.site.directory.split(b"/")[: seen[0].existing]
-            path = join(opening.mount.root, b"/".join(existing))
-            if root is None or is_below(path, root):
-                return opening, seen
+            spot = self._spot(opening, looks)
+            if root is None or is_below(spot.place, root):
+                return opening, spot, root is not None
         # None of the names lies in the deepest mount's subtree but that mount's own.
         raise UnsupportedError("no directory that exists is visible through all of its mounts")
 
@@ -396,22 +443,12 @@ class Planner:
         self, opening: Opening, looks: Mapping[tuple[MountHandle, bytes], Look]
     ) -> PlannedOpen:
         placed = self._plan.ghosts[opening.ghost.id]
-        look, taken, taken_alternative = self._seen(opening, looks)
-        own_root = opening.mount.root
-        place = join(placed.mount.root, placed.directory)
-        if is_below(place, own_root):
-            detached = self._plan.strategy_of(opening.mount) == "detached"
-            link = opening.mount.service if detached else opening.mount.handle
-            link_root = own_root
+        spot = self._spot(opening, looks)
+        mount = opening.mount
+        if placed.mount is mount or is_below(placed.place, mount.root):
+            detached = self._plan.strategy == "detached" and mount.read_only and mount.clone
+            link, link_root = mount.service if detached else mount.handle, mount.root
         else:
             link, link_root = placed.mount.service, placed.mount.root
-        components = opening.site.directory.split(b"/") if opening.site.directory else []
-        names = placed.final or self._names(opening, taken, taken_alternative)
-        return PlannedOpen(
-            opening=opening,
-            link=link,
-            link_root=link_root,
-            names=names,
-            missing=len(components) - look.existing,
-            group=(look.device, look.inode),
-        )
+        names = placed.final or self._names(opening, spot)
+        return PlannedOpen(opening, link, link_root, names, len(spot.missing), spot.group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ghostpool._errors import (
     GhostpoolError,
@@ -30,8 +30,7 @@ Files = Literal["held", "kept", "discarded"]
 stays by name, for nobody in particular; or it was only to be opened."""
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(NamedTuple):
     """What the operator allows and wants."""
 
     allow_devices: bool = False
@@ -45,7 +44,7 @@ class Policy:
     """Whether this process's user namespace has such an owner."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class PlannedMount:
     """A live mount that the restore works on."""
 
@@ -57,16 +56,22 @@ class PlannedMount:
     for a read-only mount of which none can be made: then its own lease serves."""
     fsid: int = 0
     """Number of its file system, found by the survey; see MountFacts."""
+    root: bytes = field(init=False)
+    """What of the file system is mounted: a path inside it."""
+    read_only: bool = field(init=False)
+    """The mount's own flag."""
+    _service: MountHandle = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Asked for once per ghost and more.
+        self.root = self.mount.root.strip(b"/")
+        self.read_only = self.mount.read_only
+        self._service = service_of(self.handle)
 
     @property
     def service(self) -> MountHandle:
         """The side for creating and cleaning."""
-        return service_of(self.handle) if self.clone else self.handle
-
-    @property
-    def root(self) -> bytes:
-        """What of the file system is mounted: a path inside it."""
-        return self.mount.root.strip(b"/")
+        return self._service if self.clone else self.handle
 
     @property
     def label(self) -> str:
@@ -74,8 +79,7 @@ class PlannedMount:
         return f"{text(self.mount.mountpoint)} in {self.namespace.target.label}"
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
+class Opening(NamedTuple):
     """One open of a ghost: a reg file of the images and where it lives now."""
 
     file: RegFile
@@ -87,8 +91,7 @@ class Opening:
     fifo: bool
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedGhost:
+class PlannedGhost(NamedTuple):
     """Where a ghost is made, and under which name it waits for its opens."""
 
     ghost: Ghost
@@ -125,8 +128,7 @@ class PlannedGhost:
         return self.ghost.atime * 1000, self.ghost.mtime * 1000
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedOpen:
+class PlannedOpen(NamedTuple):
     """How one open is done."""
 
     opening: Opening
@@ -159,8 +161,7 @@ class PlannedTask:
     """Mounts that are writable for it, while it is brought up."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(NamedTuple):
     """Why something can not be restored."""
 
     subject: str
@@ -170,8 +171,7 @@ class Refusal:
         return f"{self.subject}: {self.error}"
 
 
-@dataclass(frozen=True, slots=True)
-class Privileged:
+class Privileged(NamedTuple):
     """A ghost that could give somebody more than he has, whether it is allowed or not."""
 
     file: str
@@ -188,7 +188,7 @@ class Privileged:
         return f"{self.name}: {kinds}, {'allowed' if self.allowed else 'refused'}"
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class Plan:
     """Everything that a restore will do."""
 
@@ -216,11 +216,11 @@ class Plan:
     @property
     def service_leases(self) -> list[MountHandle]:
         """Mounts leased from the first change to the last, since no clone of them can be made."""
-        return [p.handle for p in self.mounts.values() if p.mount.read_only and not p.clone]
+        return [p.handle for p in self.mounts.values() if p.read_only and not p.clone]
 
     def strategy_of(self, mount: PlannedMount) -> Strategy | None:
         """How the mount is worked on; None where it is writable already."""
-        if not mount.mount.read_only:
+        if not mount.read_only:
             return None
         return "detached" if self.strategy == "detached" and mount.clone else "remount"
 
@@ -230,7 +230,7 @@ class Plan:
             planned.link
             for planned in opens
             if planned.link == planned.opening.mount.handle
-            and planned.opening.mount.mount.read_only
+            and planned.opening.mount.read_only
             and not self.ghosts[planned.opening.ghost.id].final
         }
 

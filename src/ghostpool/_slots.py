@@ -18,8 +18,11 @@ def assign_slots(
     totals: dict[tuple[int, int], int] = {}
     targets: dict[tuple[int, int], int] = {}
     for group, target, cost in weights:
-        totals[group] = totals.get(group, 0) + cost
-        targets.setdefault(group, target)
+        if group in totals:
+            totals[group] += cost
+        else:
+            totals[group] = cost
+            targets[group] = target
     load = [0] * max(1, min(jobs, len(totals)))
     serves: list[set[int]] = [set() for _ in load]
     slots: dict[tuple[int, int], int] = {}

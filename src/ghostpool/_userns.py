@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import lru_cache
 
 
 def _extents(name: str) -> list[tuple[int, int, int]]:
@@ -24,6 +25,7 @@ def maps_owner() -> Callable[[int, int], bool]:
     """A test for (uid, gid): both have a mapping, so a file can be given to them."""
     uids, gids = _extents("uid_map"), _extents("gid_map")
 
+    @lru_cache(maxsize=1024)  # asked for each ghost, and most have the same owner
     def mapped(uid: int, gid: int) -> bool:
         return any(first <= uid < first + count for first, _, count in uids) and any(
             first <= gid < first + count for first, _, count in gids
