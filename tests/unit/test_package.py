@@ -91,6 +91,20 @@ def test_the_coordinator_does_not_load_the_parser() -> None:
         assert absent not in loaded
 
 
+def test_only_the_command_goes_without_garbage_collection() -> None:
+    """It ends when its run does; in a program that embeds a restore that is not ours to say."""
+    code = (
+        "import gc, ghostpool._cli as cli, ghostpool._openrestore\n"
+        "print(gc.isenabled())\n"
+        "cli.exit_status_of_cli = lambda: print(gc.isenabled()) or 0\n"
+        "cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == ["True", "False"]
+
+
 def test_a_child_can_load_nothing_any_more() -> None:
     """After the seal an import fails, wherever sys.path points: it would be the container's."""
     said = run_isolated(
