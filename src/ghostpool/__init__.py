@@ -40,7 +40,6 @@ if TYPE_CHECKING:
         Cleaned,
         Entered,
         Event,
-        EventSink,
         Failed,
         FileOpened,
         GhostCreated,
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
         Reverted,
         TaskArrived,
     )
+    from ghostpool._followers import EventSink
     from ghostpool._lease import MountKernel, MountLeases
     from ghostpool._lease_table import LeaseState, LeaseStatistics, MountUsage
     from ghostpool._linux import Attr
@@ -190,7 +190,7 @@ _HOME_OF = {
     "Descriptor": "_model",
     "Entered": "_events",
     "Event": "_events",
-    "EventSink": "_events",
+    "EventSink": "_followers",
     "Extent": "_model",
     "Failed": "_events",
     "FileOpened": "_events",

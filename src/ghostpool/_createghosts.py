@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from ghostpool._batches import batches, failed, in_slots, one_ahead
-from ghostpool._events import Events, GhostCreated
+from ghostpool._followers import Events
 from ghostpool._ledger import Ledger
 from ghostpool._paths import text
 from ghostpool._planned import Plan, PlannedGhost
@@ -88,6 +88,8 @@ class Creator:
             self._ledger.created(planned, Created(*fields))
         log.debug("created %d ghosts", len(ghosts))
         if self._events:
+            from ghostpool._events import GhostCreated
+
             for planned in ghosts:
                 self._events.send(
                     GhostCreated(

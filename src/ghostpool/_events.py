@@ -1,22 +1,14 @@
 """What happens in a run, as typed values for whoever follows it: a progress bar, a file, a trace.
 
-Sending never waits. A reader that is slower than the run has as much time as its buffer gives
-it; what does not fit is dropped and counted, and the reader is told how much it lost as soon as
-there is room again. A reader that fails is dropped, the run is not.
+Imported by who makes one, when somebody follows: eleven classes take 3.5 ms, a run without a
+follower has none of them. _followers sends them.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Protocol
-
-import anyio
-
-log = logging.getLogger("ghostpool")
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,76 +143,3 @@ class Lost(Event):
     kind = "lost"
     events: int
     """How many."""
-
-
-class EventSink(Protocol):
-    """Where events go: a MemoryObjectSendStream, or anything else with its `send_nowait`.
-
-    It must return at once, and may raise anyio.WouldBlock (the event is dropped and counted) or
-    anyio.BrokenResourceError (nobody reads any more). If it has a `close`, that is called when
-    the run is over, so that whoever reads the other end comes to the end of it.
-    """
-
-    def send_nowait(self, item: Event, /) -> None:
-        """Take an event."""
-        ...
-
-
-class Events:
-    """Sends a run's events to everybody who follows it."""
-
-    def __init__(self, sinks: Iterable[EventSink] = ()) -> None:
-        self._readers = [_Reader(sink) for sink in sinks]
-
-    def __bool__(self) -> bool:
-        """Whether anybody follows: making events that nobody reads costs time."""
-        return bool(self._readers)
-
-    def send(self, event: Event) -> None:
-        """Hand it to everybody."""
-        gone = [reader for reader in self._readers if not reader.take(event)]
-        for reader in gone:
-            self._readers.remove(reader)
-
-    def close(self) -> None:
-        """The run is over: who has room hears of what was lost, and all that nothing comes."""
-        for reader in self._readers:
-            reader.close()
-        self._readers.clear()
-
-
-class _Reader:
-    def __init__(self, sink: EventSink) -> None:
-        self._sink = sink
-        self._lost = 0
-
-    def take(self, event: Event) -> bool:
-        """Whether it wants further ones."""
-        try:
-            if self._lost:
-                self._sink.send_nowait(Lost(events=self._lost))
-                self._lost = 0
-            self._sink.send_nowait(event)
-        except anyio.WouldBlock:
-            self._lost += 1
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            return False
-        except Exception:  # a follower's bug is no reason to fail a restore, nor its undoing
-            log.exception("a reader of events failed and gets no more of them")
-            return False
-        return True
-
-    def close(self) -> None:
-        close: Callable[[], object] | None = getattr(self._sink, "close", None)
-        try:
-            if self._lost:
-                with suppress(anyio.WouldBlock, anyio.BrokenResourceError):
-                    self._sink.send_nowait(Lost(events=self._lost))
-            if close is not None:
-                close()
-        except Exception:  # as above
-            log.exception("a reader of events failed at the end")
-
-
-NOBODY = Events()
-"""Nobody follows."""

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 import anyio
 
 from ghostpool._errors import BarrierBroken, KernelError, RevertError, WorkerDied
-from ghostpool._events import NOBODY, Events, MountWritable, Reverted
+from ghostpool._followers import NOBODY, Events
 from ghostpool._guard import Guard, Owed
 from ghostpool._mend import describe_holders, kernel_error, mend_command
 from ghostpool._model import MountHandle
@@ -137,7 +137,7 @@ class PoolMounts:
                     if changed:
                         self._changed.add(handle)
                         self._found_writable.discard(handle)
-                        self._send(MountWritable, handle)
+                        self._tell(handle, writable=True)
                     elif handle not in self._changed:
                         self._found_writable.add(handle)
                     self.writable_attributes[handle] = rest[0]
@@ -146,9 +146,12 @@ class PoolMounts:
             await self._guard.settle(untouched)
         return [results[handle] for handle in mounts]
 
-    def _send(self, kind: type[MountWritable | Reverted], handle: MountHandle) -> None:
+    def _tell(self, handle: MountHandle, *, writable: bool) -> None:
         if not self._events:
             return
+        from ghostpool._events import MountWritable, Reverted
+
+        kind = MountWritable if writable else Reverted
         planned = self._mounts[handle]
         self._events.send(
             kind(
@@ -198,7 +201,7 @@ class PoolMounts:
         put_back = [handle for handle in ours if results[handle] is None]
         for handle in put_back:
             if handle in self._changed:
-                self._send(Reverted, handle)
+                self._tell(handle, writable=False)
         # Writable once more, it is by somebody else's doing, or by a change of ours to come.
         self._changed.difference_update(put_back)
         await self._guard.settle([_key(handle) for handle in put_back])

@@ -16,7 +16,7 @@ import anyio
 
 from ghostpool._batches import batches, failed, in_slots, one_ahead
 from ghostpool._errors import BarrierBroken
-from ghostpool._events import Events, FileOpened
+from ghostpool._followers import Events
 from ghostpool._guard import Key
 from ghostpool._ledger import Ledger
 from ghostpool._mend import left_behind
@@ -155,6 +155,8 @@ class Opener:
         moved = [operation.move for operation in operations]
         self._ledger.opened(opens, moved, keys, keep=self._keep)
         if self._events:
+            from ghostpool._events import FileOpened
+
             for planned in opens:
                 self._events.send(
                     FileOpened(

@@ -17,7 +17,7 @@ import anyio
 
 from ghostpool import _linux
 from ghostpool._errors import WorkerDied, WorkerHung
-from ghostpool._events import NOBODY, Entered, Events
+from ghostpool._followers import NOBODY, Events
 from ghostpool._memory import MemoryBound
 from ghostpool._model import MountHandle
 from ghostpool._process import Child, ForkServer
@@ -248,6 +248,8 @@ class WorkerPool:
 
     def _note_entry(self, worker: int, target: int) -> None:
         if (worker, target) not in self._entered:
+            from ghostpool._events import Entered
+
             self._entered.add((worker, target))
             self.events.send(Entered(worker=worker, target=self._target_labels[target]))
 

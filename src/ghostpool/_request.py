@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TypedDict
 
-from ghostpool._events import EventSink
+from ghostpool._followers import EventSink
 from ghostpool._limits import Limits
 from ghostpool._model import NsId
 from ghostpool._planned import Policy, Strategy

@@ -20,7 +20,7 @@ from ghostpool._apart import apart
 from ghostpool._barrier import TaskBarrier
 from ghostpool._createghosts import Creator, content_of
 from ghostpool._errors import BarrierBroken, RevertError, first_cause, reportable, without_echoes
-from ghostpool._events import NOBODY, Cleaned, Events, TaskArrived
+from ghostpool._followers import NOBODY, Events
 from ghostpool._guard import Guard
 from ghostpool._lease import LeaseStatistics, MountLeases
 from ghostpool._ledger import Ledger
@@ -168,6 +168,8 @@ class Restoration:
                 self.barrier.check()
                 log.debug("task %d has all its files open", pid)
                 if self._events:
+                    from ghostpool._events import TaskArrived
+
                     self._events.send(TaskArrived(task=pid))
                 await self.barrier.arrive(pid)
         finally:
@@ -227,8 +229,7 @@ class Restoration:
         self.barrier.check()
         names = len(self._ledger)
         self.restored.left += await self._ledger.clear(keep=self._keep)
-        if self._events:
-            self._events.send(Cleaned(names=names))
+        self._tell_cleaned(names)
         await self._verify()
         confirm()
         # Only now are names that are to be kept no longer owed; it can not be half done.
@@ -237,6 +238,12 @@ class Restoration:
         self.restored.complete = True
         await self._service.aclose()
         self._note_usage()
+
+    def _tell_cleaned(self, names: int) -> None:
+        if self._events:
+            from ghostpool._events import Cleaned
+
+            self._events.send(Cleaned(names=names))
 
     async def _verify(self) -> None:
         if not self._keep:
@@ -275,8 +282,7 @@ class Restoration:
         try:
             with anyio.fail_after(limit_s):
                 self.restored.left += await self._ledger.clear()
-            if self._events:
-                self._events.send(Cleaned(names=names))
+            self._tell_cleaned(names)
         except TimeoutError:
             problem = f"undoing did not end within {limit_s:.0f} s"
             failures.append(RevertError(problem, recover_command()))

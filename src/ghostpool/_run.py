@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from ghostpool import _buildspec, _linux, _needs, _tracing
 from ghostpool._errors import PlanError, SandboxError, first_cause, reportable
-from ghostpool._events import Events, EventSink, Failed, Planned
+from ghostpool._followers import Events, EventSink
 from ghostpool._guard import Guard
 from ghostpool._launch import Launched
 from ghostpool._leftovers import undo_leftovers
@@ -58,6 +58,7 @@ from ghostpool._targets import Target, adopt, pin, resolve_namespaces
 from ghostpool._unbroken import unbroken
 
 if TYPE_CHECKING:
+    from ghostpool._events import Planned
     from ghostpool._undoing import RecoveredRun
 
 log = logging.getLogger("ghostpool")
@@ -289,7 +290,8 @@ async def prepared(
             report.plan = plan
             report.identities = survey.identities
             _log_plan(plan)
-            events.send(_planned(plan))
+            if events:
+                events.send(_planned(plan))
             check(plan)
             if memory is not None:
                 await memory.check()
@@ -311,14 +313,19 @@ def _followed(events: Events) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        for leaf in reportable(error) or (error,):
-            events.send(Failed(error=type(leaf).__name__, message=str(leaf)))
+        if events:
+            from ghostpool._events import Failed
+
+            for leaf in reportable(error) or (error,):
+                events.send(Failed(error=type(leaf).__name__, message=str(leaf)))
         raise
     finally:
         events.close()
 
 
 def _planned(plan: Plan) -> Planned:
+    from ghostpool._events import Planned
+
     return Planned(
         ghosts=len(plan.ghosts),
         files=len(plan.opens),

@@ -16,7 +16,6 @@ from ghostpool import __version__
 from ghostpool._events import (
     Cleaned,
     Event,
-    EventSink,
     Failed,
     FileOpened,
     GhostCreated,
@@ -25,6 +24,7 @@ from ghostpool._events import (
     Reverted,
     TaskArrived,
 )
+from ghostpool._followers import EventSink
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer

@@ -11,7 +11,8 @@ import anyio
 import pytest
 
 import ghostpool
-from ghostpool._events import Cleaned, Event, Events, FileOpened, Lost, TaskArrived
+from ghostpool._events import Cleaned, Event, FileOpened, Lost, TaskArrived
+from ghostpool._followers import Events
 
 KINDS = {one.kind: one for one in Event.__subclasses__() if one.__module__.endswith("._events")}
 
