@@ -243,7 +243,6 @@ def restore(**options: Any) -> None:
     # The fork server boots while this process imports its event loop.
     launched = launch()
     reading = begin_reading(options)
-    from dataclasses import replace
     from functools import partial
 
     from ghostpool import _deliver, _run
@@ -259,13 +258,13 @@ def restore(**options: Any) -> None:
             deliver: _run.Delivery = _deliver.discard
             listener = bar = None
             if cmd:
-                request = replace(request, consumers="commands")
+                request = request._replace(consumers="commands")
                 capabilities = reduce(or_, options["cap_add"], 0)
                 deliver = _deliver.commands(cmd, capabilities, listen_fds=options["listen_fds"])
             elif options["keep"] or options["discard"]:
-                request = replace(request, consumers="nobody")
+                request = request._replace(consumers="nobody")
             else:
-                request = replace(request, consumers="sockets")
+                request = request._replace(consumers="sockets")
                 listener = Listener.inherited(passed) if passed else Listener(options["serve"])
                 stack.callback(listener.close)
             followers: list[Any] = []
@@ -278,7 +277,7 @@ def restore(**options: Any) -> None:
 
                 followers.append(bar := stack.enter_context(Bar()))
                 deliver = bar.before(deliver)
-            request = replace(request, events=followers)
+            request = request._replace(events=followers)
         except PlanError as error:
             report.status, report.error = EXIT_REFUSED, error
             finish(report, report_path)

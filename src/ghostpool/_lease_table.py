@@ -34,8 +34,7 @@ class LeaseState(enum.Enum):
     """The last change failed, or its outcome is unknown."""
 
 
-@dataclass(frozen=True, slots=True)
-class MountUsage:
+class MountUsage(NamedTuple):
     """What one mount went through."""
 
     leases: int
@@ -48,8 +47,7 @@ class MountUsage:
     """Seconds it was writable by our doing, from asking for the change to the confirmed revert."""
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseStatistics:
+class LeaseStatistics(NamedTuple):
     """Numbers over all mounts that leases were asked for."""
 
     mounts: int
@@ -79,7 +77,7 @@ class Acquired(NamedTuple, Generic[M]):
     """Not counted: being put back at the moment; ask again when that is over."""
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class _Entry:
     state: LeaseState = LeaseState.READ_ONLY
     count: int = 0

@@ -1,7 +1,7 @@
 """The frozen values that the other modules hand each other; no behaviour, no I/O.
 
-Those of which there is one per ghost are named tuples: a frozen dataclass takes four times as long
-to make.
+They are named tuples: a frozen dataclass takes four times as long to make, and so does its class
+at import, where six methods of each are compiled.
 
 Units: sizes, offsets and lengths in bytes; times in microseconds since 1970 (negative before);
 device numbers as os.makedev gives them; modes are full st_mode values. Paths are bytes, since
@@ -11,7 +11,8 @@ file names are, and absolute image paths start with b"/" at the root of their mo
 from __future__ import annotations
 
 import stat
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple, NewType
 
 MntId = NewType("MntId", int)
@@ -126,8 +127,7 @@ class Descriptor(NamedTuple):
     fifo: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(NamedTuple):
     """Something besides a descriptor that keeps a reg file: a mapping, exe, cwd or root."""
 
     pid: Pid
@@ -136,8 +136,7 @@ class Holder:
     reg_id: RegId
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """One living task of the images; zombies have neither namespaces nor descriptors."""
 
     pid: Pid
@@ -148,8 +147,7 @@ class Task:
     holders: tuple[Holder, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ImageMount:
+class ImageMount(NamedTuple):
     """One mnt_entry."""
 
     id: MntId
@@ -180,8 +178,7 @@ class ImageMount:
     deleted_root: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Images:
+class Images(NamedTuple):
     """Everything ghostpool needs of one image directory, joined and checked."""
 
     directory: str
@@ -195,7 +192,7 @@ class Images:
     root_namespace: NsId
     own_user_namespace: bool
     """Ids in the images are those inside a dumped user namespace."""
-    pending_fifo_bytes: dict[RegId, int] = field(default_factory=dict)
+    pending_fifo_bytes: Mapping[RegId, int] = MappingProxyType({})
     """Saved bytes of fifos, by the reg file of the fifo."""
     deleted_sockets: tuple[bytes, ...] = ()
     """Names of bound UNIX sockets whose path was gone."""

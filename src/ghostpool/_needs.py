@@ -7,8 +7,7 @@ it works on, which may be all of the namespaces and mounts; the guardian what it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ghostpool._errors import PlanError
 
@@ -28,8 +27,7 @@ _IN_ANSWER = 200
 """Descriptors that a worker opens for one answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
+class Counts(NamedTuple):
     """What a plan comes to, in numbers."""
 
     namespaces: int

@@ -149,8 +149,6 @@ def begin_reading(options: dict[str, Any]) -> Any:
 
 def make_request(options: dict[str, Any], reading: Any, keep: bool = False) -> Any:
     """The Request of target options."""
-    from dataclasses import replace
-
     from ghostpool._request import Options, request_of
 
     numbers = [number for number, _ in options["namespaces"]]
@@ -169,4 +167,4 @@ def make_request(options: dict[str, Any], reading: Any, keep: bool = False) -> A
     )
     if options.get("stall_timeout"):
         given["stall_s"] = options["stall_timeout"]
-    return replace(request_of(options["images_dir"], given, keep=keep), reading=reading)
+    return request_of(options["images_dir"], given, keep=keep)._replace(reading=reading)

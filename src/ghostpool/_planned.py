@@ -151,8 +151,7 @@ def opened_once(openings: Sequence[Opening]) -> bool:
     return len(openings) == 1 and not stat.S_ISDIR(openings[0].ghost.mode)
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedTask:
+class PlannedTask(NamedTuple):
     """A task, the opens that it does for itself and others, and the leases it needs for them."""
 
     task: Task

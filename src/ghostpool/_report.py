@@ -15,7 +15,7 @@ from ghostpool._planned import Plan, PlannedMount, Strategy
 SCHEMA = 1
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Report:
     """What is known of a run; grows while it goes on."""
 

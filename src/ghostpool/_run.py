@@ -2,13 +2,14 @@
 
 Joins the parts: images, targets or a sandbox, fork server, pool, survey, restoration, delivery.
 Every part is a context manager, so that whatever ends the run, they end in reverse order.
+Parts that only some runs have are imported by those.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
+import sys
 import time
 from collections.abc import (
     AsyncIterator,
@@ -25,18 +26,17 @@ from contextlib import (
     asynccontextmanager,
     contextmanager,
 )
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
-from ghostpool import _buildspec, _linux, _needs, _tracing
+from ghostpool import _linux, _needs
 from ghostpool._errors import PlanError, SandboxError, first_cause, reportable
 from ghostpool._followers import Events, EventSink
 from ghostpool._guard import Guard
 from ghostpool._launch import Launched
 from ghostpool._leftovers import undo_leftovers
 from ghostpool._limits import Limits
-from ghostpool._listener import Listener
-from ghostpool._memory import MemoryBound
 from ghostpool._model import Images, MountHandle, NsId
 from ghostpool._needs import Consumers
 from ghostpool._plan import Planner
@@ -49,8 +49,6 @@ from ghostpool._restore import Restoration
 from ghostpool._restored import Restored
 from ghostpool._rlimit import all_descriptors
 from ghostpool._rundir import open_run_directory
-from ghostpool._sandbox import specs_from_images
-from ghostpool._serve import TaskServer
 from ghostpool._stall import STALL_S
 from ghostpool._startreader import Reading, start_reading
 from ghostpool._survey import Survey
@@ -59,21 +57,23 @@ from ghostpool._unbroken import unbroken
 
 if TYPE_CHECKING:
     from ghostpool._events import Planned
+    from ghostpool._listener import Listener
+    from ghostpool._memory import MemoryBound
+    from ghostpool._serve import TaskServer
     from ghostpool._undoing import RecoveredRun
 
 log = logging.getLogger("ghostpool")
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What the operator asked for."""
 
     images_dir: str
     jobs: int
     tree: int | None = None
-    namespaces: Mapping[NsId, str] = field(default_factory=dict)
-    external: Mapping[str, str] = field(default_factory=dict)
-    policy: Policy = field(default_factory=Policy)
+    namespaces: Mapping[NsId, str] = MappingProxyType({})
+    external: Mapping[str, str] = MappingProxyType({})
+    policy: Policy = Policy()
     max_size: int = Limits().size
     """Largest apparent size of a ghost, in bytes."""
     reading: Reading | PlanError | None = None
@@ -99,7 +99,7 @@ class Request:
         return "kept" if self.policy.keep else "discarded"
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class Prepared:
     """A plan, and everything that carrying it out needs."""
 
@@ -189,6 +189,8 @@ class Session:
         `started` is called when they can connect. What becomes of the restore they are told by
         `finish`, or at the end of the block of `Prepared.restoring`.
         """
+        from ghostpool._serve import TaskServer
+
         server = TaskServer(self.restoration, self.restoration.barrier, listener, tasks)
         self._servers.append(server)
         started(server)
@@ -286,7 +288,7 @@ async def prepared(
         pool.events = events
         try:
             survey = Survey(pool, images, request.policy, admit)
-            plan = await survey.plan(by_id, secrets.token_hex(6).encode())
+            plan = await survey.plan(by_id, os.urandom(6).hex().encode())
             report.plan = plan
             report.identities = survey.identities
             _log_plan(plan)
@@ -339,6 +341,8 @@ def _planned(plan: Plan) -> Planned:
 def _memory_bound(request: Request, server: ForkServer) -> MemoryBound | None:
     if request.memory_limit is None:
         return None
+    from ghostpool._memory import MemoryBound
+
     return MemoryBound(request.memory_limit, lambda: [os.getpid(), *server.pids()])
 
 
@@ -369,6 +373,9 @@ async def _targets(
             raise PlanError("--external is for rebuilt namespaces: leave it out with -t or --ns")
         _needs.check_namespaces(len(where), most_fds)
         return pin(where)
+    from ghostpool import _buildspec
+    from ghostpool._sandbox import specs_from_images
+
     specs = specs_from_images(images, request.external)
     _needs.check_namespaces(len(specs), most_fds)
     try:
@@ -399,8 +406,11 @@ def prepared_to_restore(
     async def tidy(server: ForkServer) -> None:
         await undo_leftovers(server, request.run_dir)
 
-    traced = replace(request, events=(*request.events, *_tracing.spans()))
-    return prepared(traced, launched, report, before=tidy)
+    if "opentelemetry" in sys.modules:  # else nobody traces, and _tracing need not look
+        from ghostpool import _tracing
+
+        request = request._replace(events=(*request.events, *_tracing.spans()))
+    return prepared(request, launched, report, before=tidy)
 
 
 async def run_restore(

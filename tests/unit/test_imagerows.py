@@ -31,16 +31,12 @@ def rebuilt(frames: Frames, limits: Limits | None = None) -> Images:
 def test_there_and_back(case: str) -> None:
     images, _ = corpus(case)
     back = rebuilt([list(frame) for frame in rows_of(images)])
-    images_as_named = Images(**{**_fields(images), "directory": "images"})
+    images_as_named = Images(**{**images._asdict(), "directory": "images"})
     assert back == images_as_named
     # Frozen and hashable as they were, lists nowhere.
     hash(back.tasks)
     hash(tuple(back.ghosts.values()))
     hash(tuple(back.mounts.values()))
-
-
-def _fields(images: Images) -> dict[str, Any]:
-    return {name: getattr(images, name) for name in Images.__slots__}
 
 
 def made() -> Images:

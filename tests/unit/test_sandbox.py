@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import stat
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +110,8 @@ def test_equal_devices_are_one_superblock() -> None:
     tree = images(
         ROOT,
         mount(2, b"/a"),
-        replace(mount(11, b"/", device=ROOT.device), namespace=NsId(12), parent=MntId(901)),
-        replace(mount(12, b"/b", device=62), namespace=NsId(12), parent=MntId(11)),
+        mount(11, b"/", device=ROOT.device)._replace(namespace=NsId(12), parent=MntId(901)),
+        mount(12, b"/b", device=62)._replace(namespace=NsId(12), parent=MntId(11)),
     )
     first, second = specs_from_images(tree, {})
     assert [spec.id for spec in (first, second)] == [11, 12]
