@@ -29,6 +29,13 @@ def unescape(field: bytes) -> bytes:
     return head + b"".join(bytes([int(piece[:3], 8)]) + piece[3:] for piece in pieces)
 
 
+def escape(path: bytes) -> bytes:
+    """A path as the kernel writes it."""
+    for character in b"\\ \t\n":
+        path = path.replace(b"%c" % character, b"\\%03o" % character)
+    return path
+
+
 def option_names(attributes: int) -> list[str]:
     """MOUNT_ATTR_* bits as mount(8) spells them; ro or rw first, the atime mode always named."""
     names = ["ro" if attributes & Attr.RDONLY else "rw"]
