@@ -42,12 +42,13 @@ async def in_slots(
 async def one_ahead(
     pieces: Iterable[_T],
     prepare: Callable[[_T], Awaitable[_M]],
-    carry_out: Callable[[_T, _M], Awaitable[None]],
+    carry_out: Callable[[_T, _M, Callable[[], object]], Awaitable[None]],
 ) -> None:
     """Prepare each piece and carry it out, in order; the next is prepared in the meantime.
 
     What is prepared goes into the journal while a worker is busy, so that neither waits for the
-    other. The first failure ends both.
+    other. `carry_out` calls its last argument when the worker has what it needs: nobody wants to
+    be prepared before. The first failure ends both.
     """
     upcoming = iter(pieces)
     piece = next(upcoming, None)
@@ -55,15 +56,18 @@ async def one_ahead(
         return
     made = [await prepare(piece)]
 
-    async def prepare_next(following: _T) -> None:
+    async def prepare_next(following: _T, under_way: anyio.Event) -> None:
+        await under_way.wait()
         made.append(await prepare(following))
 
     while piece is not None:
         following = next(upcoming, None)
+        under_way = anyio.Event()
         async with anyio.create_task_group() as group:
             if following is not None:
-                group.start_soon(prepare_next, following)
-            await carry_out(piece, made.pop(0))
+                group.start_soon(prepare_next, following, under_way)
+            await carry_out(piece, made.pop(0), under_way.set)
+            under_way.set()
         piece = following
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from ghostpool._batches import batches, failed, in_slots, one_ahead
 from ghostpool._followers import Events
@@ -63,21 +64,26 @@ class Creator:
         for planned in directories:
             await self._place(slot, planned)
 
-    async def _prepare(self, slot: int, ghosts: Sequence[PlannedGhost]) -> list[CreateOp]:
+    async def _prepare(self, slot: int, ghosts: Sequence[PlannedGhost]) -> list[tuple[Any, ...]]:
         await self._ledger.creating(ghosts, slot)
-        return [self._create_op(planned) for planned in ghosts]
+        return [tuple(self._create_op(planned)) for planned in ghosts]
 
     async def _create_batch(
-        self, slot: int, ghosts: Sequence[PlannedGhost], operations: list[CreateOp]
+        self,
+        slot: int,
+        ghosts: Sequence[PlannedGhost],
+        operations: list[tuple[Any, ...]],
+        sent: Callable[[], object],
     ) -> None:
         try:
             answers, _ = await self._pool.call(
                 slot,
                 "create",
-                [tuple(operation) for operation in operations],
+                operations,
                 target=ghosts[0].mount.namespace.target.index,
                 mounts={planned.mount.service for planned in ghosts},
                 fds=[self._pool.images],
+                sent=sent,
             )
         except WorkerFailure as error:
             for planned, fields in zip(ghosts, error.failure.done, strict=False):

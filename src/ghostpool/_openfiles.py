@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -126,6 +126,7 @@ class Opener:
         slot: int,
         opens: Sequence[PlannedOpen],
         prepared: tuple[list[OpenOp], list[Key]],
+        sent: Callable[[], object],
     ) -> None:
         operations, keys = prepared
         handles = {MountHandle(op.link) for op in operations}
@@ -137,6 +138,7 @@ class Opener:
                 [tuple(operation) for operation in operations],
                 target=opens[0].opening.mount.namespace.target.index,
                 mounts=handles,
+                sent=sent,
             )
         except WorkerFailure as error:
             name = text(opens[max(0, error.failure.at)].opening.file.name)

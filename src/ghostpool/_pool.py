@@ -216,8 +216,11 @@ class WorkerPool:
         deadline_s: float = math.inf,
         stall_s: float = math.inf,
         unwatched: bool = False,
+        sent: Callable[[], object] = lambda: None,
     ) -> tuple[Any, list[int]]:
         """Have the slot's worker do one request in a target namespace.
+
+        `sent` is called as soon as it has the request.
 
         WorkerFailure: an operation failed. WorkerDied: the worker ended. WorkerHung: it was
         killed, since it showed no sign of life for `stall_s` seconds, or those of all workers.
@@ -238,6 +241,7 @@ class WorkerPool:
                     fds=fds,
                     deadline_s=deadline_s,
                     stall_s=stall_s,
+                    sent=sent,
                 )
             except WorkerHung as error:
                 where = self._where(target, handles)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import anyio
@@ -87,8 +87,11 @@ class WorkerClient:
         fds: Iterable[int] = (),
         deadline_s: float = math.inf,
         stall_s: float = math.inf,
+        sent: Callable[[], object] = lambda: None,
     ) -> tuple[Any, list[int]]:
         """Have one request done; its result, and the descriptors that came with it.
+
+        `sent` is called as soon as the worker has the request.
 
         `namespace` is entered first. `namespaces` and `mounts` (number to descriptor here) are
         sent along as far as this worker lacks them. WorkerFailure if the operation failed,
@@ -116,6 +119,7 @@ class WorkerClient:
             try:
                 with anyio.fail_after(SEND_S, shield=True):
                     await self._channel.send((*numbers, request, *arguments), passed)
+                sent()
                 ok, result, received = await self.child.moves(
                     self._answer, min(stall_s, self._stall_s), deadline_s
                 )
