@@ -44,7 +44,7 @@ class Creator:
         self._ledger = ledger
         self._slots = slots
         self._events = events
-        self._own_owner = own_owner
+        self._owner = (os.geteuid(), os.getegid()) if own_owner else None
 
     async def create(self) -> None:
         """Make every ghost of the plan, and move the directories to their old names."""
@@ -108,18 +108,18 @@ class Creator:
     def _create_op(self, planned: PlannedGhost) -> CreateOp:
         ghost = planned.ghost
         return CreateOp(
-            mount=planned.mount.service,
-            directory=planned.directory,
-            name=planned.name,
-            mode=ghost.mode,
-            uid=os.geteuid() if self._own_owner else ghost.uid,
-            gid=os.getegid() if self._own_owner else ghost.gid,
-            times=planned.times_ns,
-            rdev=ghost.rdev or 0,
-            target=ghost.target or b"",
-            image=os.fsencode(ghost.file),
-            size=ghost.size,
-            extents=tuple((e.offset, e.length, e.position) for e in ghost.extents),
+            planned.mount.service,
+            planned.directory,
+            planned.name,
+            ghost.mode,
+            self._owner[0] if self._owner else ghost.uid,
+            self._owner[1] if self._owner else ghost.gid,
+            planned.times_ns,
+            ghost.rdev or 0,
+            ghost.target or b"",
+            ghost.file.encode(),
+            ghost.size,
+            tuple([(offset, length, position) for offset, length, position in ghost.extents]),
         )
 
     async def _place(self, slot: int, planned: PlannedGhost) -> None:

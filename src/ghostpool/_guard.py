@@ -49,10 +49,23 @@ class Owed(NamedTuple):
     key: Key
     target: int
     mount: MountHandle
-    removals: list[RemoveOp] = []  # noqa: RUF012  never changed where it is empty
-    """Empty: the mount itself is owed."""
+    removals: Sequence[RemoveOp] = ()
     anchor: Anchor | None = None
     """Where the names are."""
+    directory: bytes = b""
+    files: Sequence[tuple[bytes, int, int]] = ()
+    """Name, device and inode: plain removals from `directory`, in short."""
+
+    @property
+    def record(self) -> tuple[object, ...]:
+        """For the journal: key, kind, target, what, anchor."""
+        what: object
+        kind, what = "mount", self.mount
+        if self.files:
+            kind, what = "files", (self.mount, self.directory, self.files)
+        elif self.removals:
+            kind, what = "names", [tuple(removal) for removal in self.removals]
+        return self.key, kind, self.target, what, self.anchor and tuple(self.anchor)
 
 
 class Guard:
@@ -149,16 +162,7 @@ class Guard:
         if not records:
             return
         settled, self._settled = self._settled, []
-        request = [
-            (
-                record.key,
-                "names" if record.removals else "mount",
-                record.target,
-                [tuple(removal) for removal in record.removals] or record.mount,
-                record.anchor and tuple(record.anchor),
-            )
-            for record in records
-        ]
+        request = [record.record for record in records]
         targets = {record.target: self._pool.target_fd(record.target) for record in records}
         mounts = {record.mount: self._pool.mounts[record.mount] for record in records}
         self._owed.update(record.key for record in records)

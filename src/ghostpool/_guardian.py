@@ -20,7 +20,7 @@ from typing import Any
 from ghostpool import _linux
 from ghostpool._capabilities import GUARDIAN, Cap, Capabilities
 from ghostpool._identity import all_ended, start_time
-from ghostpool._journal import Debt, Debts, JournalFile
+from ghostpool._journal import Debts, JournalFile
 from ghostpool._mountwork import GONE
 from ghostpool._protocol import BlockingChannel, EndOfStream
 from ghostpool._worker import Worker
@@ -102,7 +102,7 @@ class Guardian(Worker):
         """Undo everything that is owed; what resists does not stop the rest."""
         if self._journal is None:
             return
-        owed = sum(map(_changes, self._debts.values()))
+        owed = sum(debt.changes for debt in self._debts.values())
         workers_ended = self._await_workers() if owed else True
         said: list[str] = []
         undone = 0
@@ -113,7 +113,7 @@ class Guardian(Worker):
             except Exception as error:  # noqa: BLE001  nobody is left to raise it to
                 said.append(f"{keys[0]}: {error!r}")
                 continue
-            undone += sum(_changes(self._debts[key]) for key in done)
+            undone += sum(self._debts[key].changes for key in done)
             if workers_ended:
                 self._settle([], done)
             busy += [key for key in keys if key[0] == "mount" and key not in done]
@@ -151,7 +151,7 @@ class Guardian(Worker):
                 yield batch
                 batch, changes = [], 0
             batch.append(key)
-            changes += _changes(debt)
+            changes += debt.changes
         if batch:
             yield batch
 
@@ -162,9 +162,9 @@ class Guardian(Worker):
         if first.kind == "mount":
             return keys if self._revert(first.what) else []
         debts = [self._debts[key] for key in keys]
-        operations = [operation for debt in debts for operation in debt.what]
+        operations = [operation for debt in debts for operation in debt.removals]
         answers = iter(self._requests["remove"]([], operations))
-        failed = [sum(next(answers)[0] for _ in debt.what) for debt in debts]
+        failed = [sum(next(answers)[0] for _ in range(debt.changes)) for debt in debts]
         return [key for key, errnos in zip(keys, failed, strict=True) if not errnos]
 
     def _await_workers(self) -> bool:
@@ -186,11 +186,6 @@ class Guardian(Worker):
         """Whether the mount is read-only again, or gone."""
         (answer,) = self._requests["make_read_only"]([], [handle])
         return answer is None or answer[0] in GONE
-
-
-def _changes(debt: Debt) -> int:
-    """How many changes are to be undone for it."""
-    return 1 if debt.kind == "mount" else len(debt.what)
 
 
 def _say(text: str) -> None:

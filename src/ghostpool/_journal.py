@@ -101,11 +101,30 @@ class Debt(NamedTuple):
     """How to undo one change."""
 
     kind: str
-    """`mount`: make it read-only again; `names`: remove them."""
+    """`mount`: make it read-only again; `names`: remove them; `files`: likewise, for names of
+    one directory, which are nearly all that there is."""
     target: int
     what: Any
-    """Handle of the mount; or removals, as the fields of RemoveOp."""
+    """Handle of the mount; removals, as the fields of RemoveOp; or mount, directory, and for each
+    name (name, device, inode)."""
     anchor: tuple[bytes, int, int] | None
+
+    @property
+    def removals(self) -> list[tuple[Any, ...]]:
+        """The fields of a RemoveOp for each name."""
+        if self.kind == "mount":
+            return []
+        if self.kind == "names":
+            return list(self.what)
+        mount, directory, names = self.what
+        return [(mount, directory, *name, (), None) for name in names]
+
+    @property
+    def changes(self) -> int:
+        """How many changes are to be undone."""
+        if self.kind == "mount":
+            return 1
+        return len(self.what if self.kind == "names" else self.what[2])
 
 
 class Debts(dict[Any, Debt]):
@@ -119,9 +138,10 @@ class Debts(dict[Any, Debt]):
             self[key] = Debt(*fields)
 
     def settle(self, keys: Iterable[Any] | str) -> None:
-        """Strike out these keys, or everything of a kind."""
+        """Strike out these keys, or everything of a kind: with "names", all kinds of them."""
         if isinstance(keys, str):
-            keys = [key for key, debt in self.items() if debt.kind == keys]
+            kinds = ("names", "files") if keys == "names" else (keys,)
+            keys = [key for key, debt in self.items() if debt.kind in kinds]
         for key in keys:
             self.pop(key, None)
 
@@ -132,7 +152,7 @@ class Debts(dict[Any, Debt]):
         for key, debt in reversed(self.items()):
             if debt.kind == "mount":
                 mounts.append(key)
-            elif any(("mount", operation[0]) in self for operation in debt.what):
+            elif any(("mount", operation[0]) in self for operation in debt.removals[:1]):
                 needing.append(key)
             else:
                 others.append(key)

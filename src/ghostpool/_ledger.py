@@ -74,16 +74,13 @@ class Ledger:
         """One debt for all temporaries of a directory that are made at a time."""
         first = ghosts[0]
         mount, directory = first.mount.service, first.directory
-        removals = [
-            RemoveOp(mount, directory, ghost.name, bool(ghost.final), 0, 0, (), None)
-            for ghost in ghosts
-        ]
         return Owed(
             self._new_key(),
             first.mount.namespace.target.index,
             mount,
-            removals,
-            Anchor(directory, *first.group),
+            anchor=Anchor(directory, *first.group),
+            directory=directory,
+            files=[(ghost.name, 0, 0) for ghost in ghosts],
         )
 
     def _new_key(self) -> Key:
@@ -123,26 +120,38 @@ class Ledger:
 
         Returns under which keys that is owed, for `opened`.
         """
-        debts: dict[Hashable, Owed] = {}
+        # Those that share a directory are owed together, but each that has parents to be removed
+        # after it alone.
+        groups: dict[Hashable, list[PlannedOpen]] = {}
         for planned in opens:
             opening = planned.opening
             self._links[opening.file.id] = planned, slot
-            # Those that share a directory are owed together, but each that has parents to be
-            # removed after it alone.
-            place = (opening.mount.handle, opening.site.directory)
-            debt = debts.get(place)
-            if debt is None:
-                debt = Owed(
-                    self._new_key(),
-                    opening.mount.namespace.target.index,
-                    opening.mount.service,
-                    [],
-                    _anchor_of(planned),
-                )
-                debts[debt.key if planned.missing else place] = debt
-            debt.removals.extend(self._link_ops(planned))
-        await self._guard.owe([*debts.values()])
-        return [debt.key for debt in debts.values()]
+            alone = opening.file.id if planned.missing else None
+            place = (opening.mount.handle, opening.site.directory, alone)
+            groups.setdefault(place, []).append(planned)
+        debts = [self._owed_links(some) for some in groups.values()]
+        await self._guard.owe(debts)
+        return [debt.key for debt in debts]
+
+    def _owed_links(self, opens: Sequence[PlannedOpen]) -> Owed:
+        first = opens[0]
+        mount = first.opening.mount
+        key, target = self._new_key(), mount.namespace.target.index
+        if first.missing:
+            removals = [removal for planned in opens for removal in self._link_ops(planned)]
+            return Owed(key, target, mount.service, removals, _anchor_of(first))
+        return Owed(
+            key,
+            target,
+            mount.service,
+            anchor=_anchor_of(first),
+            directory=first.opening.site.directory,
+            files=[
+                (name, *self.result(planned.opening.ghost.id))
+                for planned in opens
+                for name in planned.names
+            ],
+        )
 
     def opened(
         self,
@@ -199,14 +208,14 @@ class Ledger:
         for planned, slot in () if keep else reversed(self._links.values()):
             target = planned.opening.mount.namespace.target.index
             by_slot.setdefault(slot, []).extend((target, op) for op in self._link_ops(planned))
+        waiting = [
+            temporary
+            for temporary in reversed(self._temporaries.values())
+            if not temporary.moved and not (keep and temporary.planned.final)
+        ]
         # Directories last, the innermost first: files lie in them, and they in one another.
-        temporaries = sorted(
-            reversed(self._temporaries.values()),
-            key=lambda t: (bool(t.planned.final), -t.planned.depth),
-        )
-        for temporary in temporaries:
-            if temporary.moved or (keep and temporary.planned.final):
-                continue
+        waiting.sort(key=lambda t: (bool(t.planned.final), -t.planned.depth))
+        for temporary in waiting:
             target = temporary.planned.mount.namespace.target.index
             operations = by_slot.setdefault(temporary.slot, [])
             operations += [(target, operation) for operation in _temporary_ops(temporary)]
@@ -368,7 +377,6 @@ class Ledger:
                 mount.service,
                 directory,
                 name,
-                False,
                 device,
                 inode,
                 parents if name is last else (),
@@ -403,7 +411,6 @@ def _temporary_ops(temporary: _Temporary) -> Iterable[RemoveOp]:
             mount=planned.mount.service,
             directory=planned.directory,
             name=planned.name,
-            is_directory=bool(planned.final),
             device=device,
             inode=inode,
             parents=(),
@@ -422,7 +429,6 @@ def _temporary_ops(temporary: _Temporary) -> Iterable[RemoveOp]:
             mount=planned.mount.service,
             directory=planned.final_directory,
             name=name,
-            is_directory=True,
             device=device,
             inode=inode,
             parents=parents if number == len(names) - 1 else (),

@@ -175,7 +175,6 @@ class RemoveOp(NamedTuple):
     mount: int
     directory: bytes
     name: bytes
-    is_directory: bool
     device: int
     inode: int
     """0: not known, because whoever made it died; the name alone decides, so it is random."""

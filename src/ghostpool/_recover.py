@@ -163,9 +163,7 @@ def _after_reboot(journal: Journal) -> Iterator[str]:
     """The mounts are gone; of names only the operator can know what holds them now."""
     yield "the machine was started anew since: no mount of then is left"
     for debt in journal.debts.values():
-        if debt.kind != "names":
-            continue
-        for operation in (RemoveOp(*fields) for fields in debt.what):
+        for operation in (RemoveOp(*fields) for fields in debt.removals):
             mount = journal.mounts[live_of(operation.mount)]
             path = text(join(operation.directory, operation.name))
             yield f"{path} may be left, if what was on {text(mount.mountpoint)} is on a disk"

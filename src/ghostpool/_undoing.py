@@ -254,7 +254,7 @@ class Undoing:
     # -- names ----------------------------------------------------------------------------------
 
     async def _undo_names(self, debt: Debt) -> list[str]:
-        operations = [RemoveOp(*fields) for fields in debt.what]
+        operations = [RemoveOp(*fields) for fields in debt.removals]
         assert debt.anchor is not None
         anchor = Anchor(*debt.anchor)
         mount = self._journal.mounts[live_of(operations[0].mount)]

@@ -274,9 +274,8 @@ def test_a_temporary_that_was_exchanged_leaves_no_link(
 
 
 def removal(directory: bytes, name: bytes, status: os.stat_result) -> RemoveOp:
-    is_directory = stat.S_ISDIR(status.st_mode)
-    times = (OLD_NS, OLD_NS) if is_directory else None
-    return RemoveOp(0, directory, name, is_directory, status.st_dev, status.st_ino, (), times)
+    times = (OLD_NS, OLD_NS) if stat.S_ISDIR(status.st_mode) else None
+    return RemoveOp(0, directory, name, status.st_dev, status.st_ino, (), times)
 
 
 def test_undoing_waits_for_a_parent_that_is_exchanged(

@@ -12,11 +12,12 @@ import pytest
 
 from ghostpool import _linux
 from ghostpool._journal import MAGIC, Debts, Journal, JournalError, JournalFile
+from ghostpool._protocol import RemoveOp
 
 RUN = ("run", "0123456789ab", 17, 1000, 4026531836, "boot", 1_700_000_000)
 NAMESPACE = ("namespace", 0, 4026532100, 12, "mnt:[4026532100] (pid 17)", "17")
 MOUNT = ("mount", 0, 0, 1 << 32, 41, b"/data", b"/", 2049, 0x27, 77)
-REMOVAL = (1, b"d", b".ghostpool-0123456789ab-1", False, 0, 0, (), None)
+REMOVAL = (1, b"d", b".ghostpool-0123456789ab-1", 0, 0, (), None)
 NAMES: tuple[Any, ...] = (("ghost", 1), "names", 0, [REMOVAL], (b"d", 2049, 77))
 OTHER_NAMES: tuple[Any, ...] = (("ghost", 2), "names", 0, [REMOVAL], (b"d", 2049, 77))
 WRITABLE: tuple[Any, ...] = (("mount", 0), "mount", 0, 0, None)
@@ -118,6 +119,23 @@ def test_order_of_undoing() -> None:
     debts = Debts()
     debts.owe([live_names, NAMES, WRITABLE, OTHER_NAMES])
     assert debts.undoing() == [("ghost", 3), ("mount", 0), ("ghost", 2), ("ghost", 1)]
+
+
+def test_names_of_one_directory(directory: int) -> None:
+    """In short form they are the same removals, in the order of undoing of all names."""
+    what = (0, b"d", [(b"a", 0, 0), (b"b", 2049, 78)])
+    files = (("names", 4), "files", 0, what, (b"d", 2049, 77))
+    debts = Journal(written(directory, [("owe", [files, WRITABLE])])).debts
+    debt = debts["names", 4]
+    assert debt.changes == 2
+    assert [tuple(RemoveOp(*fields)) for fields in debt.removals] == [
+        (0, b"d", b"a", 0, 0, (), None),
+        (0, b"d", b"b", 2049, 78, (), None),
+    ]
+    assert debts.undoing() == [("names", 4), ("mount", 0)]
+    debts.settle("names")
+    assert list(debts) == [("mount", 0)]
+    assert (debts["mount", 0].removals, debts["mount", 0].changes) == ([], 1)
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 100, MAGIC, MAGIC[:5], b"ghostpool journal 2\n"])
