@@ -92,7 +92,7 @@ async def open_leases(
     async with AsyncExitStack() as stack:
         _, hard = stack.enter_context(all_descriptors())
         _needs.check(_counts(len(points)), 1, None, hard)
-        _, (target,) = pin({_ONLY: str(namespace)})
+        (target,) = pin([str(namespace)]).values()
         stack.callback(os.close, target.fd)
         if target.is_host:
             raise HostNamespace(f"{target.label} is the host's, whose mounts are never remounted")

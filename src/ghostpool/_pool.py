@@ -58,7 +58,7 @@ class WorkerPool:
         self,
         server: ForkServer,
         jobs: int,
-        targets: Sequence[Target],
+        targets: Iterable[Target],
         *,
         mount_setattr: bool = True,
         devices: bool = False,
@@ -71,8 +71,9 @@ class WorkerPool:
         self.labels: dict[MountHandle, str] = {}
         """What people call the mounts, for messages."""
         self._server = server
-        self._targets = {target.index: target.fd for target in targets}
-        self._target_labels = {target.index: target.label for target in targets}
+        self._targets: dict[int, int] = {}
+        self._target_labels: dict[int, str] = {}
+        self.add_targets(targets)
         self.mount_setattr = mount_setattr
         self._devices = devices
         self._watch: Callable[[Child], Awaitable[None]] | None = None
@@ -124,6 +125,11 @@ class WorkerPool:
         for worker in self._slots:
             if worker is not None and worker.alive:
                 await watch(worker.child)
+
+    def add_targets(self, targets: Iterable[Target]) -> None:
+        """Further namespaces that work may be done in."""
+        self._targets.update((target.index, target.fd) for target in targets)
+        self._target_labels.update((target.index, target.label) for target in targets)
 
     def watch_nobody(self) -> None:
         """Nobody is told any more."""

@@ -30,14 +30,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
+import anyio
+
 from ghostpool import _linux, _needs
-from ghostpool._errors import PlanError, SandboxError, first_cause, reportable
+from ghostpool._errors import GhostpoolError, PlanError, SandboxError, first_cause, reportable
 from ghostpool._followers import Events, EventSink
 from ghostpool._guard import Guard
 from ghostpool._launch import Launched
 from ghostpool._leftovers import undo_leftovers
 from ghostpool._limits import Limits
 from ghostpool._model import Images, MountHandle, NsId
+from ghostpool._mounttable import MountTable
 from ghostpool._needs import Consumers
 from ghostpool._plan import Planner
 from ghostpool._planned import Files, Plan, Policy
@@ -51,8 +54,8 @@ from ghostpool._rlimit import all_descriptors
 from ghostpool._rundir import open_run_directory
 from ghostpool._stall import STALL_S
 from ghostpool._startreader import Reading, start_reading
-from ghostpool._survey import Survey
-from ghostpool._targets import Target, adopt, pin, resolve_namespaces
+from ghostpool._survey import Survey, read_tables
+from ghostpool._targets import Target, adopt, distinct, pin, places, resolve_namespaces
 from ghostpool._unbroken import unbroken
 
 if TYPE_CHECKING:
@@ -264,15 +267,17 @@ async def prepared(
         stack.enter_context(_followed(events))
         soft_limit, hard = stack.enter_context(all_descriptors())
         server = await stack.enter_async_context(ForkServer.running(launched, request.stall_s))
-        reading = request.reading or start_reading(request.images_dir, request.max_size)
-        if isinstance(reading, PlanError):
-            raise reading
-        stack.callback(os.close, reading.directory)
-        images = await read_apart(reading)
+        if isinstance(request.reading, PlanError):
+            raise request.reading
         if before is not None:
             await before(server)
-        by_id, targets = await _targets(request, images, server, hard)
-        stack.callback(_linux.close_all, [target.fd for target in targets])
+        named = places(request.tree, request.namespaces)
+        _needs.check_namespaces(len(named), hard)
+        pinned = pin(named)
+        targets = distinct(pinned.values())
+        stack.callback(_close, targets)
+        reading = request.reading or start_reading(request.images_dir, request.max_size)
+        stack.callback(os.close, reading.directory)
         memory = _memory_bound(request, server)
         pool = await stack.enter_async_context(
             WorkerPool.running(
@@ -287,8 +292,15 @@ async def prepared(
         pool.images = reading.directory
         pool.events = events
         try:
+            images, tables = await _read(reading, pool, targets)
+            by_id = _resolved(request, images, pinned)
+            if not by_id:
+                by_id = await _rebuilt(request, images, server, hard)
+                targets += by_id.values()
+                pool.add_targets(targets)
+                tables = await read_tables(pool, targets)
             survey = Survey(pool, images, request.policy, admit)
-            plan = await survey.plan(by_id, os.urandom(6).hex().encode())
+            plan = await survey.plan(by_id, tables, os.urandom(6).hex().encode())
             report.plan = plan
             report.identities = survey.identities
             _log_plan(plan)
@@ -364,15 +376,43 @@ def _log_plan(plan: Plan) -> None:
         )
 
 
-async def _targets(
-    request: Request, images: Images, server: ForkServer, most_fds: int
-) -> tuple[dict[NsId, Target], list[Target]]:
+async def _read(
+    reading: Reading, pool: WorkerPool, targets: Sequence[Target]
+) -> tuple[Images, dict[int, MountTable]]:
+    """The images, and the mount tables of these targets, which are read meanwhile."""
+    tables: dict[int, MountTable] = {}
+    problems: list[GhostpoolError] = []
+
+    async def look() -> None:
+        try:
+            tables.update(await read_tables(pool, targets))
+        except GhostpoolError as error:
+            problems.append(error)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(look)
+        try:
+            images = await read_apart(reading)
+        except GhostpoolError as error:
+            # Whatever the namespaces are like: first of all there must be something to restore.
+            problems.insert(0, error)
+            group.cancel_scope.cancel()
+    if problems:
+        raise problems[0]
+    return images, tables
+
+
+def _resolved(request: Request, images: Images, pinned: Mapping[str, Target]) -> dict[NsId, Target]:
+    """The targets that the operator named, by the namespaces of the images; none: none is named."""
     where = resolve_namespaces(images, request.tree, request.namespaces)
-    if where:
-        if request.external:
-            raise PlanError("--external is for rebuilt namespaces: leave it out with -t or --ns")
-        _needs.check_namespaces(len(where), most_fds)
-        return pin(where)
+    if where and request.external:
+        raise PlanError("--external is for rebuilt namespaces: leave it out with -t or --ns")
+    return {number: pinned[place] for number, place in where.items()}
+
+
+async def _rebuilt(
+    request: Request, images: Images, server: ForkServer, most_fds: int
+) -> dict[NsId, Target]:
     from ghostpool import _buildspec
     from ghostpool._sandbox import specs_from_images
 
@@ -383,6 +423,10 @@ async def _targets(
     except BuildFailed as error:
         raise SandboxError(f"the mount namespaces can not be rebuilt: {error}") from error
     return adopt({NsId(spec.id): fd for spec, fd in zip(specs, fds, strict=True)})
+
+
+def _close(targets: Iterable[Target]) -> None:
+    _linux.close_all(target.fd for target in targets)
 
 
 async def run_plan(request: Request, launched: Launched, report: Report) -> None:

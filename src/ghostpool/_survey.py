@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import anyio
+import anyio.to_thread
 
 from ghostpool import _room
 from ghostpool._apart import apart
@@ -29,6 +30,9 @@ from ghostpool._targets import Target
 from ghostpool._workerclient import WorkerFailure
 
 _BATCH = 200
+_PAGES = 32
+"""So many pages of a mount table, a thousand mounts, are read at once; a thread reads the rest."""
+_MORE_THAN_A_PAGE = 1 << 16
 _Place = tuple[MountHandle, bytes, tuple[bytes, ...]]
 _T = TypeVar("_T")
 
@@ -51,13 +55,13 @@ class Survey:
         self.identities: dict[MountHandle, int] = {}
         """Unique id (or mnt_id, before Linux 6.8) of each planned mount."""
 
-    async def plan(self, targets: Mapping[NsId, Target], token: bytes) -> Plan:
-        """The plan, with its refusals. PlanError: the live namespaces can not be read.
+    async def plan(
+        self, targets: Mapping[NsId, Target], tables: Mapping[int, MountTable], token: bytes
+    ) -> Plan:
+        """The plan, with its refusals. PlanError: the live namespaces can not be looked at.
 
-        `token` is the random part of temporary names.
+        `tables` are those of the targets, by number; `token` is the random part of temporary names.
         """
-        unique = {target.index: target for target in targets.values()}
-        tables = await read_tables(self._pool, list(unique.values()))
         namespaces = {
             number: Namespace(number, target, tables[target.index])
             for number, target in targets.items()
@@ -182,11 +186,22 @@ async def read_tables(pool: WorkerPool, targets: Sequence[Target]) -> dict[int, 
             raise PlanError(
                 f"{target.label}: {failure.step}: {os.strerror(failure.errno)}"
             ) from error
-        with open(fd, "rb") as file:  # noqa: ASYNC230  procfs never blocks
-            tables[target.index] = MountTable(file.read())
+        tables[target.index] = MountTable(await _read_all(fd))
 
     await _each(read, targets)
     return tables
+
+
+async def _read_all(fd: int) -> bytes:
+    """The content of a file of procfs, which never blocks; a large one takes 2 µs a line."""
+    with open(fd, "rb", buffering=0) as file:  # noqa: ASYNC230
+        pieces = []
+        while piece := file.read(_MORE_THAN_A_PAGE):
+            pieces.append(piece)
+            if len(pieces) == _PAGES:
+                pieces.append(await anyio.to_thread.run_sync(file.readall))
+                break
+        return b"".join(pieces)
 
 
 async def open_mounts(

@@ -43,6 +43,11 @@ def parse_namespace_option(text: str) -> tuple[NsId, str]:
     return NsId(int(number)), where
 
 
+def places(tree: int | None, namespaces: Mapping[NsId, str]) -> list[str]:
+    """What -t and --ns name, as `pin` takes it."""
+    return [*namespaces.values(), *(() if tree is None else (str(tree),))]
+
+
 def resolve_namespaces(
     images: Images, tree: int | None, namespaces: Mapping[NsId, str]
 ) -> dict[NsId, str]:
@@ -112,22 +117,27 @@ def _identity(path: str) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def pin(namespaces: Mapping[NsId, str]) -> tuple[dict[NsId, Target], list[Target]]:
-    """Open every target; image namespaces that share a live one share its Target.
+def pin(places: Iterable[str]) -> dict[str, Target]:
+    """Open every target, by its pid or path; places that lead to one namespace share its Target.
 
     NamespaceNotFound: a pid that is not alive, a path that is no mount namespace.
     UnsupportedError: a mount namespace that another user namespace owns.
     """
-    opened: list[tuple[NsId, int, str, str]] = []
+    opened: list[tuple[int, str, str]] = []
     try:
-        for number, where in sorted(namespaces.items()):
+        for where in dict.fromkeys(places):
             fd, enter = _open_namespace(where)
-            opened.append((number, fd, where, enter))
+            opened.append((fd, where, enter))
             _check(fd, where)
         return _share(opened)
     except BaseException:
-        close_all(fd for _, fd, _, _ in opened)
+        close_all(fd for fd, _, _ in opened)
         raise
+
+
+def distinct(targets: Iterable[Target]) -> list[Target]:
+    """Each of them once, by its number."""
+    return sorted({target.index: target for target in targets}.values(), key=lambda one: one.index)
 
 
 def _check(fd: int, where: str) -> None:
@@ -158,14 +168,12 @@ def _status_identity(fd: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _share(
-    opened: Iterable[tuple[NsId, int, str, str]],
-) -> tuple[dict[NsId, Target], list[Target]]:
+def _share(opened: Iterable[tuple[int, str, str]]) -> dict[str, Target]:
     # In some sandboxes pid 1's namespace can not be read; then our own is the host's.
     hosts = {_identity("/proc/1/ns/mnt"), _identity("/proc/self/ns/mnt")}
     by_identity: dict[tuple[int, int], Target] = {}
-    targets: dict[NsId, Target] = {}
-    for number, fd, where, enter in opened:
+    targets: dict[str, Target] = {}
+    for fd, where, enter in opened:
         identity = _status_identity(fd)
         if identity in by_identity:
             os.close(fd)
@@ -179,15 +187,15 @@ def _share(
                 is_host=identity in hosts,
                 enter=enter,
             )
-        targets[number] = by_identity[identity]
-    return targets, list(by_identity.values())
+        targets[where] = by_identity[identity]
+    return targets
 
 
-def adopt(namespaces: Mapping[NsId, int]) -> tuple[dict[NsId, Target], list[Target]]:
+def adopt(namespaces: Mapping[NsId, int]) -> dict[NsId, Target]:
     """Targets of namespaces that were built for this run; takes over their descriptors."""
     targets: dict[NsId, Target] = {}
     for index, (number, fd) in enumerate(namespaces.items()):
         identity = _status_identity(fd)
         label = f"mnt:[{identity[1]}] (rebuilt from mountpoints-{number}.img)"
         targets[number] = Target(index, fd, identity, label, is_host=False, enter=None)
-    return targets, list(targets.values())
+    return targets

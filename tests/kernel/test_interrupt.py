@@ -129,7 +129,7 @@ def fork_servers(pid: int) -> list[psutil.Process]:
 
 
 def workers(pid: int) -> list[psutil.Process]:
-    """Children of the fork server, which is the only child of the command.
+    """Children of the fork server, which is the first child of the command.
 
     Without the guardian, which has a session of its own.
     """
