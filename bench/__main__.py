@@ -1,60 +1,69 @@
-"""`python -m bench`: measure, print Markdown, and write the raw samples where --json says."""
+"""`python -m bench`: measure, print Markdown, and write samples and docs/performance.md if asked.
+
+    python -m bench --quick                           does everything run? in minutes
+    python -m bench --only slope --json FILE          one question; --resume FILE goes on later
+    python -m bench --write docs/performance.md       everything, then the page
+    python -m bench --page FILE --write PAGE          the page from what --json has written
+
+As root, on a quiet machine. What is answered is saved at once: an interruption loses one question.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import os
-import platform
-import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import guard, mounts, slope, start
+from bench import (
+    big,
+    guard,
+    leased,
+    loop,
+    many,
+    memory,
+    mounts,
+    page,
+    profile,
+    record,
+    slope,
+    start,
+    sweeps,
+    writable,
+)
 from bench.measure import Answer, Setting
 from bench.scene import BenchError, in_private_namespace
 
-QUESTIONS: dict[str, Callable[[Setting], Answer]] = {
+PAGE = Path("docs/performance.md")
+
+QUESTIONS: Mapping[str, Callable[[Setting], Answer]] = {
     "start": start.measure,
     "slope": slope.measure,
+    "many": many.measure,
+    "leased": leased.measure,
     "mounts": mounts.measure,
+    "big": big.measure,
     "guard": guard.measure,
+    "memory": memory.measure,
+    "writable": writable.measure,
+    "loop": loop.measure,
+    "profile": profile.measure,
+    **{f"sweep-{one.name}": partial(sweeps.measure, one) for one in sweeps.SWEEPS},
 }
-
-
-def machine() -> dict[str, Any]:
-    """What the figures of a run depend on."""
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        models = {line.partition(":")[2].strip() for line in file if line.startswith("model name")}
-    versions = {name: importlib.metadata.version(name) for name in ("ghostpool", "trio", "anyio")}
-    return {
-        "kernel": platform.release(),
-        "cpu": ", ".join(sorted(models)) or platform.machine(),
-        "usable_cpus": len(os.sched_getaffinity(0)),
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "packages": versions,
-        "load_average": [round(value, 2) for value in os.getloadavg()],
-        "file_system": "tmpfs, of the images and of every mount with ghosts",
-        "open_files_limit": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
-    }
-
-
-def describe(facts: dict[str, Any]) -> str:
-    """The facts as a Markdown list."""
-    shown = facts | {
-        "packages": ", ".join(f"{name} {version}" for name, version in facts["packages"].items()),
-        "load_average": " ".join(map(str, facts["load_average"])),
-    }
-    return "".join(f"- {key.replace('_', ' ')}: {value}\n" for key, value in shown.items())
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds")
     parser.add_argument(
         "--only", action="append", choices=QUESTIONS, help="ask this question (repeatable)"
@@ -63,45 +72,107 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ghosts", nargs=2, type=int, metavar=("FEW", "MANY"), help="the two counts of slope"
     )
-    parser.add_argument("--json", metavar="FILE", help="write facts and raw samples")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="facts, answers and raw samples, after each answer",
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="go on with FILE (and --json there): what is answered in it is asked again only by "
+        "--only",
+    )
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="the page, with its pictures")
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help=f"measure nothing: PAGE ({PAGE}) from this FILE"
+    )
     options = parser.parse_args(arguments)
     if options.rounds is not None and options.rounds < 1:
         parser.error("--rounds: at least 1")
     if options.ghosts and not 0 < options.ghosts[0] < options.ghosts[1]:
         parser.error("--ghosts: FEW is at least 1 and smaller than MANY")
+    if options.page is not None and (options.only or options.resume or options.json):
+        parser.error("--page measures nothing: it goes with --write alone")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the questions; exit status."""
+    """Ask the questions, or take what was answered; exit status."""
     options = parse(arguments)
-    if os.geteuid() != 0:
-        print("bench: needs root, for mount namespaces", file=sys.stderr)
-        return 2
+    try:
+        if options.page is not None:
+            page.write(record.read(options.page), options.write or PAGE)
+            return 0
+        if os.geteuid() != 0:
+            print("bench: needs root, for mount namespaces", file=sys.stderr)
+            return 2
+        file = options.json or options.resume
+        if file is None and options.write is not None:
+            file = options.write.with_suffix("") / "samples.json"
+        status = in_private_namespace(lambda scratch: _ask(options, scratch, file))
+        if status == 0 and options.write is not None:
+            page.write(record.read(file), options.write)
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    return status
 
-    def body(scratch: Path) -> None:
-        facts = machine()
-        print(describe(facts), flush=True)
-        rounds = options.rounds or (5 if options.quick else 11)
-        ghosts = tuple(options.ghosts) if options.ghosts else None
-        setting = Setting(scratch, rounds, options.quick, ghosts)
-        answers: list[Answer] = []
-        begun = time.monotonic()
-        for name in options.only or QUESTIONS:
-            answers.append(QUESTIONS[name](setting))
-            print(answers[-1].markdown(), flush=True)
-        facts["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
-        facts["elapsed_s"] = round(time.monotonic() - begun, 1)
-        load = " ".join(map(str, facts["load_average_after"]))
-        print(f"{rounds} rounds in {facts['elapsed_s']} s; load average after them: {load}")
-        if options.json:
-            document = {"machine": facts, "answers": [answer.document() for answer in answers]}
-            try:
-                Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
-            except OSError as error:
-                raise BenchError(f"--json {options.json}: {error.strerror}") from error
 
-    return in_private_namespace(body)
+def _ask(options: argparse.Namespace, scratch: Path, file: Path | None) -> None:
+    """Ask what is to be asked. BenchError: something has no answer."""
+    rounds = options.rounds or (5 if options.quick else 11)
+    ghosts = tuple(options.ghosts) if options.ghosts else None
+    document = record.new(quick=options.quick, rounds=rounds, scratch=scratch)
+    if options.resume is not None and options.resume.exists():
+        document = _resumed(record.read(options.resume), document)
+    print(page.describe(document["machine"]), flush=True)
+    answers: dict[str, dict[str, Any]] = {one["name"]: one for one in document["answers"]}
+    wanted = options.only or [name for name in QUESTIONS if name not in answers]
+    setting = Setting(scratch, rounds, options.quick, ghosts)
+    unanswered: list[str] = []
+    begun = time.monotonic()
+    for number, name in enumerate(wanted):
+        print(f"bench: {name}, {number + 1} of {len(wanted)}", file=sys.stderr, flush=True)
+        answer = _answer(name, setting)
+        if answer is None:
+            unanswered.append(name)
+            continue
+        print(answer.markdown(), flush=True)
+        answers[name] = answer.document()
+        document["answers"] = [answers[one] for one in QUESTIONS if one in answers]
+        document["machine"]["load_average_after"] = record.load()
+        if file is not None:
+            record.save(document, file)
+    elapsed_s = time.monotonic() - begun
+    print(
+        f"{rounds} rounds in {elapsed_s:,.1f} s; load average after them: {os.getloadavg()[0]:.2f}"
+    )
+    if unanswered:
+        raise BenchError(f"no answer to {', '.join(unanswered)}")
+
+
+def _resumed(old: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    record.check_same(old, now)
+    return old
+
+
+def _answer(name: str, setting: Setting) -> Answer | None:
+    """None: that failed, and why has been said; the next question may have an answer still."""
+    before, begun = os.getloadavg()[0], time.monotonic()
+    try:
+        answer = QUESTIONS[name](setting)
+    except BenchError as error:
+        print(f"bench: {name}: {error}", file=sys.stderr, flush=True)
+        return None
+    except Exception:  # noqa: BLE001  hours of other questions do not depend on this one
+        traceback.print_exc()
+        return None
+    answer.load = (before, os.getloadavg()[0])
+    answer.elapsed_s = round(time.monotonic() - begun, 1)
+    return answer
 
 
 if __name__ == "__main__":

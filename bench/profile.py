@@ -137,6 +137,7 @@ def split(begun: float, events: list[dict[str, object]], ended: float) -> list[f
 
 
 def _answer(samples: dict[str, list[float]], wanted: list[Kind]) -> Answer:
+    least, *_ = wanted
     figures: dict[str, float] = {}
     rows: list[tuple[str, ...]] = []
     for phase in PHASES:
@@ -146,13 +147,19 @@ def _answer(samples: dict[str, list[float]], wanted: list[Kind]) -> Answer:
             share = figures[f"{kind.name}: {phase.name}"] = median(
                 part / all_of_it for part, all_of_it in zip(values, whole, strict=True)
             )
-            cells.append(f"{median(values) * 1e3:,.1f} ({share:.0%})")
+            cell = f"{median(values) * 1e3:,.1f} · {share:.0%}"
+            if kind is not least:
+                grown = median(values) - median(samples[f"{least.name}: {phase.name}"])
+                each = grown / (kind.ghosts - least.ghosts) * 1e6
+                figures[f"{kind.name}: {phase.name}, µs per further ghost"] = each
+                cell += f" · {each:.1f}"
+            cells.append(cell)
         rows.append((phase.name, *cells))
     for name, key in ((WHOLE, _told), (_UNTOLD, _untold)):
         rows.append((name, *(spread(samples[key(kind)], 1e3) for kind in wanted)))
     return Answer(
         "profile",
-        f"where the time goes, on {_MOUNTS} read-only tmpfs mounts, in ms (and of the whole)",
+        f"{_MOUNTS} read-only tmpfs mounts: ms · share of the whole · µs per further ghost",
         ("phase", *(kind.name for kind in wanted)),
         rows,
         samples,
