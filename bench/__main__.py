@@ -22,6 +22,7 @@ from typing import Any
 
 from bench import (
     big,
+    filesystems,
     guard,
     leased,
     loop,
@@ -48,6 +49,7 @@ QUESTIONS: Mapping[str, Callable[[Setting], Answer]] = {
     "leased": leased.measure,
     "mounts": mounts.measure,
     "big": big.measure,
+    "filesystems": filesystems.measure,
     "guard": guard.measure,
     "memory": memory.measure,
     "writable": writable.measure,
@@ -146,10 +148,8 @@ def _ask(options: argparse.Namespace, scratch: Path, file: Path | None) -> None:
         document["machine"]["load_average_after"] = record.load()
         if file is not None:
             record.save(document, file)
-    elapsed_s = time.monotonic() - begun
-    print(
-        f"{rounds} rounds in {elapsed_s:,.1f} s; load average after them: {os.getloadavg()[0]:.2f}"
-    )
+    elapsed, after = time.monotonic() - begun, os.getloadavg()[0]
+    print(f"{rounds} rounds in {elapsed:,.1f} s; load average after them: {after:.2f}")
     if unanswered:
         raise BenchError(f"no answer to {', '.join(unanswered)}")
 

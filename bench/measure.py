@@ -7,6 +7,7 @@ for the samples and the smallest and largest beside it; no sample is dropped.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,10 @@ class Answer:
     notes: list[str] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
     """The named numbers that targets are judged by; see bench/targets.py."""
+    load: Sequence[float] = ()
+    """The load averages of a minute before it was asked and after."""
+    elapsed_s: float = 0.0
+    """How long it took to answer."""
 
     def markdown(self) -> str:
         """A heading and a table."""
@@ -50,7 +55,11 @@ class Answer:
         lines.append("| " + " | ".join(self.columns) + " |")
         lines.append("|" + "---|" * len(self.columns))
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
-        lines += [f"\n{note}" for note in self.notes]
+        notes = list(self.notes)
+        if self.load:
+            load = " → ".join(f"{value:.2f}" for value in self.load)
+            notes.append(f"({self.elapsed_s:,.0f} s; load average {load})")
+        lines += [f"\n{note}" for note in notes]
         return "\n".join(lines) + "\n"
 
     def document(self) -> dict[str, Any]:
@@ -61,7 +70,9 @@ class Answer:
             "columns": list(self.columns),
             "rows": [list(row) for row in self.rows],
             "notes": self.notes,
-            "figures": self.figures,
+            "figures": {n: value for n, value in self.figures.items() if math.isfinite(value)},
+            "load": list(self.load),
+            "elapsed_s": self.elapsed_s,
             "seconds": self.samples,
         }
 

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import plots, profile, sweeps, targets
+from bench import plots, profile, record, sweeps, targets
 from bench.measure import Answer
 from bench.targets import Verdict
 
 _WORDS = Path(__file__).with_name("performance.md")
-_QUICK = "**Small sizes (`--quick`): this shows that everything runs. The targets are about larger ones.**"
+_QUICK = (
+    "**Small sizes (`--quick`): they show that everything runs. Targets are about larger ones.**"
+)
 _MOST = 3
 """Phases to name, at most, and only while they are worth naming:"""
 _WORTH = 0.1
@@ -25,11 +27,9 @@ _WORTH = 0.1
 
 def write(document: dict[str, Any], page: Path) -> None:
     """The page, with its pictures and the document itself in a directory beside it."""
-    from bench.record import save
-
     beside = page.with_suffix("")
     plots.draw(answers_of(document), beside)
-    save(document, beside / "samples.json")
+    record.save(document, beside / "samples.json")
     page.write_text(text(document, beside.name), encoding="utf-8")
 
 
@@ -102,14 +102,14 @@ def missed(judged: Sequence[Verdict], answers: Sequence[Answer]) -> str:
     """Which targets were missed, by how much, and what the profile shows."""
     figures = next((answer.figures for answer in answers if answer.name == "profile"), {})
     unknown = sum(one.met is None for one in judged)
-    lines = [f"Met: {sum(one.met is True for one in judged)} of {len(judged)}."]
+    counts = [f"Met: {sum(one.met is True for one in judged)} of {len(judged)}."]
     if unknown:
-        lines.append(f"Not measured in this run: {unknown}.")
+        counts.append(f"Not measured in this run: {unknown}.")
+    lines = [" ".join(counts), ""]
     for one in judged:
-        if one.met is not False:
+        if one.value is None or one.met:
             continue
-        assert one.value is not None
-        words = f"\n- **{one.target.measure}**: {one.target.shown(one.value)}"
+        words = f"- **{one.target.measure}**: {one.target.shown(one.value)}"
         if one.target.limit:
             words += f", where {one.target.shown(one.target.limit)} is the limit"
         shows = what_the_profile_shows(one, figures)

@@ -143,6 +143,8 @@ def _sweep(answer: Answer) -> Figure:
     else:
         axes.set_ylim(bottom=0)
     axes.set_xscale("log")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
     axes.set_xlabel(answer.columns[0])
     axes.set_ylabel("whole command, ms")
     return figure

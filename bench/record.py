@@ -79,9 +79,8 @@ def save(document: dict[str, Any], file: Path) -> None:
     """Write the document in place of what is there. BenchError: it can not be."""
     head = {name: value for name, value in document.items() if name != "answers"}
     answers = ",\n".join(json.dumps(answer, ensure_ascii=False) for answer in document["answers"])
-    text = (
-        json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "answers": [\n{answers}\n]}}\n'
-    )
+    begin = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
+    text = f'{begin},\n "answers": [\n{answers}\n]}}\n'
     new_file = file.with_name(f".{file.name}.new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

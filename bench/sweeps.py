@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 from bench import rivals
 from bench.images import Shape, write_images
@@ -142,7 +142,8 @@ def key(size: int) -> str:
 def answer(sweep: Sweep, samples: dict[int, list[float]]) -> Answer:
     """Table, slopes and verdict of a sweep, from the seconds by size."""
     middle = {size: median(values) for size, values in samples.items()}
-    third, last, grown, note = (_jobs if sweep is JOBS else _slopes)(middle)
+    noise = _quartiles_apart(samples[min(samples)])
+    third, last, grown, note = _jobs(middle) if sweep is JOBS else _slopes(middle, noise)
     return Answer(
         f"sweep-{sweep.name}",
         f"more and more {sweep.what}",
@@ -158,15 +159,26 @@ _Result = tuple[str, dict[int, str], float | None, str]
 """Title and cells of the third column, by size; the figure, and what it means."""
 
 
-def _slopes(seconds: dict[int, float]) -> _Result:
+def _quartiles_apart(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def _slopes(seconds: dict[int, float], noise: float) -> _Result:
     cells = dict.fromkeys(seconds, "–")
     for few, many in pairwise(seconds):
         cells[many] = f"{_per_unit(seconds, few, many) * 1e6:,.1f}"
     title = "µs per further one"
     first, *_, before, last = seconds
     slope, reference = _per_unit(seconds, before, last), _per_unit(seconds, first, before)
-    if reference <= 0:
-        lost = "What a further one costs below the last step is lost in the noise: no verdict."
+    below = seconds[before] - seconds[first]
+    if below <= noise:
+        lost = (
+            f"{before:,} cost {below * 1e3:,.1f} ms more than {first:,}, while the middle half of "
+            f"the samples is {noise * 1e3:,.1f} ms wide: lost in the noise, no verdict."
+        )
         return title, cells, None, lost
     grown = max(slope, 0.0) / reference
     note = (

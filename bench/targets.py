@@ -65,7 +65,8 @@ class Verdict:
             return ""
         if not self.target.limit:
             return f"{self.target.shown(self.value)} where none is allowed"
-        return f"{self.value / self.target.limit - 1:.0%} over it"
+        times = self.value / self.target.limit
+        return f"{times - 1:.0%} over it" if times < 2 else f"{times:.1f} times that"
 
 
 _FURTHER = "further ghost of 4 KiB, tmpfs, against C (one process, the whole job)"
@@ -112,7 +113,9 @@ TARGETS = (
         run="1 ghost",
     ),
     Target("ghost of 1 GiB, against `cp` of the same bytes", "big", "over cp", 1.05),
-    Target("sparse ghost, against writing its data", "big", "sparse over cp", 1.1),
+    Target(
+        "sparse ghost, against `cp` of as many bytes as it has data", "big", "sparse over cp", 1.1
+    ),
     Target(
         "journal, guardian and verification together, of the run",
         "guard",
