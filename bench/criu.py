@@ -48,8 +48,20 @@ def dumped(home: Path, ghosts: int, mounts: int) -> Iterator[Callable[[], None]]
         restore = partial(_restore, root, images, mounts)
         restore()
     except BenchError as error:
-        raise Absent(f"it does not work here: {error}") from error
+        raise Absent(f"{_version()} does not work here, {error}") from error
     yield restore
+
+
+def _version() -> str:
+    done = subprocess.run(["criu", "--version"], capture_output=True, text=True, check=False)
+    return "criu " + " ".join(done.stdout.split()[1:2])
+
+
+def _criu(action: str, *arguments: str) -> None:
+    try:
+        run([*_CRIU, action, "-v0", *arguments])
+    except BenchError as error:
+        raise BenchError(f"criu {action} failed") from error
 
 
 def _dump(root: Path, images: Path, ghosts: int, mounts: int) -> None:
@@ -64,7 +76,7 @@ def _dump(root: Path, images: Path, ghosts: int, mounts: int) -> None:
                     raise BenchError("the process that is to be dumped did not come up")
                 time.sleep(0.01)
             # It ends with the dump, and with it whoever waits for it.
-            run([*_CRIU, "dump", "-v0", "-D", str(images), "-t", str(pid)])
+            _criu("dump", "-D", str(images), "-t", str(pid))
         finally:
             if pid and holder.poll() is None:
                 try:
@@ -74,7 +86,7 @@ def _dump(root: Path, images: Path, ghosts: int, mounts: int) -> None:
 
 
 def _restore(root: Path, images: Path, mounts: int) -> None:
-    run([*_CRIU, "restore", "-v0", "-D", str(images), "--root", str(root)])
+    _criu("restore", "-D", str(images), "--root", str(root))
     for number in range(mounts):
         if found := os.listdir(root / f"m{number}"):
             raise BenchError(f"criu left {found[:3]}")

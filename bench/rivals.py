@@ -65,6 +65,21 @@ for source in "$3"/*; do
 done
 """
 
+# $1 pid, $2 directory of the mount points; the rest is a command that keeps its ghosts.
+_CLEANED = """
+set -e
+pid=$1 base=$2
+shift 2
+"$@"
+nsenter -t "$pid" -m sh -ec '
+    for mount in "$1"/m*; do
+        mount -o remount,bind,rw "$mount"
+        find "$mount" -type f -delete
+        mount -o remount,bind,ro "$mount"
+    done
+' sh "$base"
+"""
+
 
 def ghostpool(
     images: Path,
@@ -114,6 +129,11 @@ def c(
     """One process in C for the whole job: bench/rival.c. `strategy` is clone or remount."""
     targets = _targets(pids if pid is None else [pid])
     return [str(program), strategy, "keep" if keep else "discard", str(images), *targets]
+
+
+def cleaned(command: Sequence[str], pid: int, shape: Shape) -> list[str]:
+    """A command that keeps its ghosts by name, and their removal, which takes the same for all."""
+    return ["sh", "-c", _CLEANED, "sh", str(pid), os.fsdecode(shape.base), *command]
 
 
 def _targets(pids: Sequence[int]) -> list[str]:

@@ -24,6 +24,8 @@ from bench.scene import live_namespace, workplace
 _MOUNTS = 10
 _REFERENCE = "C, one process"
 _REMOUNTING = "C, one process, remounting"
+_C_KEPT = "C, one process, kept and removed by find"
+_KEPT = "ghostpool, 1 job, kept and removed by find"
 _CRIU = "criu restore"
 _BULK = "shell, bulk"
 _ONE_BY_ONE = "shell, one by one"
@@ -87,6 +89,12 @@ def measure(setting: Setting) -> Answer:
             }
             for way in _ways(setting.quick):
                 commands[way.name] = way.command(images, pid)
+            kept = {
+                _C_KEPT: rivals.c(program, images, pid=pid, keep=True),
+                _KEPT: rivals.ghostpool(images, jobs=1, pid=pid, keep=True),
+            }
+            for name, command in kept.items():
+                commands[name] = rivals.cleaned(command, pid, shape)
             commands[_BULK] = rivals.shell_bulk(pid, shape, files)
             for name, command in commands.items():
                 counts[name] = (few, many)
@@ -151,7 +159,8 @@ def _answer(
                 f"{few:,} → {many:,}",
             )
         )
-    ours = [name for name in ratios if name.startswith("ghostpool, ")]
+    ours = [name for name in ratios if name.startswith("ghostpool, ") and name != _KEPT]
+    kept = {"1 job over C, kept": median_ratio(by_round[_KEPT], by_round[_C_KEPT])}
     figures = {_figure(name, "C"): ratios[name] for name in ours}
     if _CRIU in by_round:
         criu_s = by_round[_CRIU]
@@ -163,7 +172,7 @@ def _answer(
         rows,
         samples,
         notes,
-        known(figures),
+        known(figures | kept),
     )
 
 
