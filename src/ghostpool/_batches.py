@@ -44,31 +44,28 @@ async def one_ahead(
     prepare: Callable[[_T], Awaitable[_M]],
     carry_out: Callable[[_T, _M, Callable[[], object]], Awaitable[None]],
 ) -> None:
-    """Prepare each piece and carry it out, in order; the next is prepared in the meantime.
+    """Prepare each piece and have it carried out, in order, two of them under way at a time.
 
-    What is prepared goes into the journal while a worker is busy, so that neither waits for the
-    other. `carry_out` calls its last argument when the worker has what it needs: nobody wants to
-    be prepared before. The first failure ends both.
+    A worker that has done one has the next already, and what is to come goes into the journal
+    while it is busy. `carry_out` calls its last argument when the worker has what it needs:
+    nothing is prepared before. The first failure ends everything.
     """
-    upcoming = iter(pieces)
-    piece = next(upcoming, None)
-    if piece is None:
-        return
-    made = [await prepare(piece)]
+    room = anyio.Semaphore(2)
 
-    async def prepare_next(following: _T, under_way: anyio.Event) -> None:
-        await under_way.wait()
-        made.append(await prepare(following))
-
-    while piece is not None:
-        following = next(upcoming, None)
-        under_way = anyio.Event()
-        async with anyio.create_task_group() as group:
-            if following is not None:
-                group.start_soon(prepare_next, following, under_way)
-            await carry_out(piece, made.pop(0), under_way.set)
+    async def do(piece: _T, made: _M, under_way: anyio.Event) -> None:
+        try:
+            await carry_out(piece, made, under_way.set)
+        finally:
             under_way.set()
-        piece = following
+            room.release()
+
+    async with anyio.create_task_group() as group:
+        for piece in pieces:
+            made = await prepare(piece)
+            await room.acquire()
+            under_way = anyio.Event()
+            group.start_soon(do, piece, made, under_way)
+            await under_way.wait()
 
 
 def failed(failure: Failure, plan: Plan, subject: str) -> RestoreError:

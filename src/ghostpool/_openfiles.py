@@ -29,6 +29,8 @@ from ghostpool._restored import Restored
 from ghostpool._workerclient import WorkerFailure
 
 _BATCH = 256
+_BATCH_HELD = 128
+"""The worker holds as many descriptors until it answers."""
 _REQUESTS: Final[dict[Files, str]] = {
     "held": "open",
     "kept": "open_kept",
@@ -109,7 +111,7 @@ class Opener:
     async def _open_in_slot(self, task: int, slot: int, opens: list[PlannedOpen]) -> None:
         opens.sort(key=lambda planned: planned.opening.mount.namespace.target.index)
         await one_ahead(
-            batches(opens, _BATCH),
+            batches(opens, _BATCH_HELD if self._files == "held" else _BATCH),
             partial(self._prepare, slot),
             partial(self._open_batch, task, slot),
         )

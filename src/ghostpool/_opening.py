@@ -27,12 +27,8 @@ class OpenWork(Work):
         return self._each(operations, self._open, out)
 
     def do_open_kept(self, _: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
-        """The same for files that stay by name: what was opened to be checked is closed here."""
-        opened: list[int] = []
-        try:
-            return self.do_open(opened, operations)
-        finally:
-            _linux.close_all(opened)
+        """The same for files that stay by name: what was opened to be checked is closed."""
+        return self._each(operations, self._open_kept, [])
 
     def do_open_discarded(self, out: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
         """The same for files that nobody takes: what has lost its last name is closed at once.
@@ -60,6 +56,13 @@ class OpenWork(Work):
                 code = error.errno or errno.EIO
                 raise Failed(index, code, self._step, path, operation.live) from error
         return done
+
+    def _open_kept(self, operation: OpenOp, _: list[int]) -> Opened:
+        opened: list[int] = []
+        try:
+            return self._open(operation, opened)
+        finally:
+            _linux.close_all(opened)
 
     def _open_and_close(self, operation: OpenOp, out: list[int]) -> Opened:
         opened: list[int] = []

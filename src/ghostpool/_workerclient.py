@@ -1,8 +1,9 @@
 """The coordinator's side of one worker, or of the guardian, which is one too.
 
-A call to a worker is one frame there and one (or a few) back. Once sent, its outcome has to be
-known, so a cancelled call still waits for the answer for a moment; a worker that gives none is
-killed, and whoever undoes its work asks another one (docs/design.md, D-007).
+A call to a worker is one frame there and one (or a few) back. The next may be sent before that:
+answers come in the order of the requests. Once sent, its outcome has to be known, so a cancelled
+call still waits for the answer for a moment; a worker that gives none is killed, and whoever
+undoes its work asks another one (docs/design.md, D-007).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import math
 import signal
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
@@ -38,7 +40,7 @@ class WorkerFailure(Exception):
 
 
 class WorkerClient:
-    """One worker process: a lock around its socket, and what it has been given so far."""
+    """One worker process: its socket, who waits for which answer, and what it has been given."""
 
     def __init__(self, name: str, child: Child, channel: Channel, stall_s: float) -> None:
         self.name = name
@@ -49,6 +51,10 @@ class WorkerClient:
         self._lock = anyio.Lock()
         self._mounts: set[int] = set()
         self._namespaces: set[int] = set()
+        self._answered = anyio.Event()
+        """The request that was sent last has its answer, or never will."""
+        self._answered.set()
+        self._end: WorkerHung | None = None
         self._received: list[int] = []
         """Descriptors of an answer of which the last frame is still to come."""
         self.alive: bool = True
@@ -116,38 +122,65 @@ class WorkerClient:
             # What may have arrived needs not be sent again, and what has not, dies with it.
             self._namespaces |= new_namespaces.keys()
             self._mounts |= new_mounts.keys()
-            try:
+            with self._errors(request):
                 with anyio.fail_after(SEND_S, shield=True):
                     await self._channel.send((*numbers, request, *arguments), passed)
-                sent()
-                ok, result, received = await self.child.moves(
-                    self._answer, min(stall_s, self._stall_s), deadline_s
-                )
-            except WorkerHung as error:
+            before, self._answered = self._answered, anyio.Event()
+            answered = self._answered
+        sent()
+        try:
+            ok, result, received = await self._turn(before, request, stall_s, deadline_s)
+        finally:
+            answered.set()
+        if not ok:
+            _linux.close_all(received)
+            failure = Failure(*result)
+            if failure.at < 0 and not failure.errno:
+                # No system call and no check of its own: what it knows can not be relied on.
                 self.kill()
-                raise WorkerHung(f"{self.name} hangs during {request!r}: {error}") from None
-            except TimeoutError as error:
-                doing = condition(self.child.pidfd)
+                raise WorkerDied(f"{self.name} was ended, it failed in {failure.step}")
+            raise WorkerFailure(failure)
+        return result, received
+
+    async def _turn(
+        self, before: anyio.Event, request: str, stall_s: float, deadline_s: float
+    ) -> tuple[bool, Any, list[int]]:
+        """The answer to a request that was sent, after the one that was sent before it."""
+        try:
+            await before.wait()
+            with self._errors(request):
+                if not self.alive:
+                    raise self._end or anyio.EndOfStream
+                return await self.child.moves(self._answer, min(stall_s, self._stall_s), deadline_s)
+        except (WorkerDied, WorkerHung):
+            raise
+        except BaseException:
+            await self._abandon(before)
+            raise
+
+    @contextmanager
+    def _errors(self, request: str) -> Iterator[None]:
+        """What goes wrong with a worker is its end."""
+        try:
+            yield
+        except WorkerHung as error:
+            if self._end is None:
                 self.kill()
-                raise WorkerDied(f"{self.name} gave no answer to {request!r} ({doing})") from error
-            except (anyio.EndOfStream, OSError) as error:
-                self.kill()
-                raise WorkerDied(f"{self.name} ended during {request!r}") from error
-            except BaseException:
-                await self._abandon()
-                raise
-            if not ok:
-                _linux.close_all(received)
-                failure = Failure(*result)
-                if failure.at < 0 and not failure.errno:
-                    # No system call and no check of its own: what it knows can not be relied on.
-                    self.kill()
-                    raise WorkerDied(f"{self.name} was ended, it failed in {failure.step}")
-                raise WorkerFailure(failure)
-            return result, received
+                # Whoever waits for a later answer is to hear the same.
+                self._end = WorkerHung(f"{self.name} hangs during {request!r}: {error}")
+            raise WorkerHung(str(self._end)) from None
+        except TimeoutError as error:
+            doing = condition(self.child.pidfd)
+            self.kill()
+            raise WorkerDied(f"{self.name} gave no answer to {request!r} ({doing})") from error
+        except (anyio.EndOfStream, OSError) as error:
+            self.kill()
+            raise WorkerDied(f"{self.name} ended during {request!r}") from error
 
     async def _hand_over(self, mounts: dict[MountHandle, int]) -> None:
         """Send ahead what would not fit the descriptors of one frame."""
+        if len(mounts) > MAX_FDS - 20:
+            await self._answered.wait()
         while len(mounts) > MAX_FDS - 20:
             some = [mounts.popitem() for _ in range(MAX_FDS - 20)]
             message: tuple[object, ...] = (-1, [], [handle for handle, _ in some], "ping")
@@ -164,11 +197,14 @@ class WorkerClient:
                 received, self._received = self._received, []
                 return message[0], message[1], received
 
-    async def _abandon(self) -> None:
+    async def _abandon(self, before: anyio.Event) -> None:
         """The caller was cancelled: wait for the answer a moment, then give the worker up."""
         answered = False
         with anyio.move_on_after(CANCEL_GRACE_S, shield=True):
+            await before.wait()
             try:
+                if not self.alive:
+                    return
                 _, _, received = await self._answer()
                 _linux.close_all(received)
                 answered = True

@@ -330,7 +330,7 @@ def test_a_failing_rival_ends_the_run(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert "descriptors at once in the coordinator, but the limit is 100" in done.stderr
+    assert "descriptors at once in a worker, but the limit is 100" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,7 +14,7 @@ import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 
@@ -22,7 +22,7 @@ from ghostpool import _build, _capabilities, _command, _deliver, _forkserver, _l
 from ghostpool._capabilities import BUILDER, COMMAND, ENTER, GUARDIAN, NEEDED, WORKER, Cap
 from ghostpool._errors import WorkerDied
 from ghostpool._launch import launch
-from ghostpool._planned import Policy
+from ghostpool._planned import Files, Policy
 from ghostpool._process import ForkServer
 from ghostpool._report import Report
 from ghostpool._workerclient import WorkerClient
@@ -130,11 +130,11 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Held]]:
     return seen
 
 
-async def restore(images: Path, pid: int, devices: bool = False, keep: bool = False) -> Report:
+async def restore(images: Path, pid: int, devices: bool = False, files: Files = "held") -> Report:
     report = Report()
-    policy = Policy(allow_devices=devices, keep=keep)
+    policy = Policy(allow_devices=devices, keep=files == "kept")
     request = _run.Request(
-        str(images), 1, tree=pid, policy=policy, consumers="nobody" if keep else None
+        str(images), 1, tree=pid, policy=policy, consumers=None if files == "held" else "nobody"
     )
     await _run.run_restore(request, launch(), report, _deliver.discard)
     assert report.restored
@@ -148,9 +148,9 @@ async def test_a_worker_has_what_its_request_needs(
     tmp_path: Path, watched: dict[str, list[Held]]
 ) -> None:
     images = make_images(tmp_path)
-    for keep in (False, True):
+    for files in get_args(Files):
         with live(make_data) as target:
-            await restore(images, target.pid, keep=keep)
+            await restore(images, target.pid, files=files)
     workers = watched["worker"]
     assert {held.request for held in workers} >= set(NEEDED)
     for held in workers:
@@ -195,8 +195,9 @@ async def test_what_a_worker_holds(tmp_path: Path, watched: dict[str, list[Held]
     /dev/null and its own descriptors' directory. The images are lent while it creates."""
     images = make_images(tmp_path)
     with live(make_data) as target:
-        await restore(images, target.pid)
-        await restore(images, target.pid, keep=True)
+        what_becomes_of_them: tuple[Files, ...] = ("held", "discarded", "kept")
+        for files in what_becomes_of_them:
+            await restore(images, target.pid, files=files)
         namespace = os.readlink(f"/proc/self/fd/{target.fd}")
     phases = set()
     for held in watched["worker"]:

@@ -249,7 +249,7 @@ def test_timeout_at_any_moment(scene: Scene, work_s: float) -> None:
 def test_worker_killed_at_any_moment(scene: Scene, work_s: float) -> None:
     """Exit status 1 and everything undone by other workers; 0 if it was not needed any more."""
     ended: Counter[int] = Counter()
-    for delay in sweep(0.8 * work_s, 8):
+    for delay in sweep(0.6 * work_s, 8):
         with running(*scene.arguments, "--discard") as restore:
             assert wait_for(lambda pid=restore.pid: bool(workers(pid)), restore)  # type: ignore[misc]
             time.sleep(delay)
@@ -265,7 +265,7 @@ def test_worker_killed_at_any_moment(scene: Scene, work_s: float) -> None:
             assert f" {victim.pid} " in done.err
         scene.assert_as_before()
         ended[done.status] += 1
-    assert ended[1] >= 4, ended
+    assert ended[1] >= 3, ended
 
 
 @pytest.mark.parametrize("moment", ["ghosts are being made", "mounts are writable"])

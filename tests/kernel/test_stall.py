@@ -39,8 +39,8 @@ STALL_S = 0.25
 GHOSTS = 12
 
 
-def two_mounts(directory: Path, size: int = 4096) -> Path:
-    """Ghosts on two read-only mounts, with an open each."""
+def two_mounts(directory: Path, size: int = 4096, *, shared: bool = False) -> Path:
+    """Ghosts on two read-only mounts, with an open each, or two: those need to be cleaned up."""
     made = ImageSet()
     made.mount("/")
     made.mount("/data", flags=0x200001, device=(0, 70))
@@ -48,7 +48,10 @@ def two_mounts(directory: Path, size: int = 4096) -> Path:
     made.task(1)
     for number in range(GHOSTS):
         where = ("/data", "/other")[number % 2]
-        made.open(1, 3 + number, f"{where}/gone-{number}", ghost=made.ghost(bytes(size)))
+        ghost = made.ghost(bytes(size))
+        made.open(1, 3 + number, f"{where}/gone-{number}", ghost=ghost)
+        if shared:
+            made.open(1, 3 + GHOSTS + number, f"{where}/also-{number}", ghost=ghost)
     return made.write(directory)
 
 
@@ -110,7 +113,7 @@ def test_stopped_worker_is_noticed(
         return chosen
 
     stop_at(monkeypatch, step)
-    images = two_mounts(tmp_path)
+    images = two_mounts(tmp_path, shared=True)
     begun = time.monotonic()
     if request_name in UNDONE_BY_OTHERS:
         assert restore(images, target.pid).restored
@@ -286,7 +289,9 @@ def test_frozen_file_system(
         made.task(1)
         for number in range(GHOSTS):
             where = (place, other)[number % 2]
-            made.open(1, 3 + number, f"{where}/gone-{number}", ghost=made.ghost(bytes(64)))
+            ghost = made.ghost(bytes(64))
+            made.open(1, 3 + number, f"{where}/gone-{number}", ghost=ghost)
+            made.open(1, 3 + GHOSTS + number, f"{where}/also-{number}", ghost=ghost)
         images = made.write(tmp_path / "images")
         kept = names_of(target, place)
         original = WorkerPool.call

@@ -174,9 +174,9 @@ async def test_worker_killed_at_each_step(target: Target, monkeypatch: pytest.Mo
             break
         step += 1
     # Unnoticed is only the loss of a worker that was undoing (it is replaced), or had ended.
-    # That of the guardian, when it is told that something is settled, is noticed only if it is
-    # needed once more.
-    unnoticed = {"make_read_only", "remove", "finish", "settle"}
+    # That of the guardian, when it is told that something is settled, or that all is over, is
+    # noticed only if it is needed once more.
+    unnoticed = {"make_read_only", "remove", "finish", "settle", "close"}
     must = sum(1 for request in seen if request not in unnoticed)
     assert must <= failed <= must + seen.count("settle"), (failed, seen)
     assert step >= 15
