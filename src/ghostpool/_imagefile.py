@@ -55,9 +55,11 @@ class ImageDirectory:
         self.tally = Tally(limits)
         self._source = source
         try:
-            self.names = frozenset(self._listed())
+            names = list(islice(self._source.names(), limits.names + 1))
         except OSError as error:
             raise ImageError(path, None, f"can not be listed: {error.strerror}") from error
+        self.tally.count(path, None, "names", len(names))
+        self.names = frozenset(names)
         if "inventory.img" not in self.names:
             raise ImageError("inventory.img", None, f"is missing in {path}: {_REMEDY}")
         self._two_magics = False  # inventory.img itself never has the common magic
@@ -69,14 +71,6 @@ class ImageDirectory:
                 "ghostpool reads 1 and 2 (CRIU up to 4.2)"
             )
         self._two_magics = version == 2
-
-    def _listed(self) -> Iterator[str]:
-        number = 0
-        for number, name in enumerate(self._source.names(), 1):
-            if number > self.tally.limits.names:
-                break
-            yield name
-        self.tally.count(self.path, None, "names", number)
 
     def expect(self, names: list[str]) -> None:
         """Hint: these images will be read, in this order."""

@@ -83,8 +83,8 @@ def read_source(
     """The same for images that need not be in a directory; `path` names them in messages.
 
     `told` is called with what is known while the rest is being read, and takes all of it: "head"
-    (the root namespace, and whether there is an own user namespace), then "mounts", "files" and
-    "ghosts", which are read as it takes them.
+    (the root namespace, and whether there is an own user namespace), then "mounts", "files",
+    "remaps", "tasks" and "ghosts", which are read as it takes them.
     """
     return _read(ImageDirectory(path, source, limits or Limits()), told or _told_nobody)
 
@@ -108,10 +108,12 @@ def _read(source: ImageDirectory, told: Callable[[str, Iterable[Any]], None]) ->
     told("mounts", chain.from_iterable(mounts.values()))
     told("files", files.regs.values())
     remaps = read_remaps(source, files)
+    check_remapped(remaps, files, mounts)
+    told("remaps", remaps)
+    tasks = _tasks(source, living, files, remaps, own_mounts)
+    told("tasks", tasks)
     ghosts: dict[GhostId, Ghost] = {}
     told("ghosts", read_ghosts(source, remaps, files, ghosts))
-    check_remapped(remaps, files, mounts)
-    tasks = _tasks(source, living, files, remaps, own_mounts)
     return Images(
         directory=source.path,
         tasks=tasks,
@@ -174,7 +176,7 @@ def _living_tasks(source: ImageDirectory) -> list[_Living]:
     if not parents:
         state = "holds no task" if name in source.names else "is missing"
         raise ImageError(name, None, state)
-    for image in sorted(source.names):
+    for image in sorted(name for name in source.names if name.startswith(("core-", "ids-"))):
         stray = _STRAY_TASK.fullmatch(image)
         if stray and int(stray[1]) not in parents and int(stray[1]) not in threads:
             raise ImageError(

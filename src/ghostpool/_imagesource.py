@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Final, Protocol
 
 from ghostpool._errors import ImageError
@@ -78,8 +79,7 @@ class DirectorySource:
 
     def names(self) -> Iterator[str]:
         with os.scandir(self._fd) as entries:
-            for entry in entries:
-                yield entry.name
+            yield from map(attrgetter("name"), entries)
 
     def open(self, name: str) -> OpenImage | None:
         try:

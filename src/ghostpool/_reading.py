@@ -23,11 +23,12 @@ from ghostpool import _linux
 from ghostpool._channel import receive_some
 from ghostpool._confine import CPU_S, MEMORY
 from ghostpool._errors import ImageError, UnsupportedError
-from ghostpool._imagerows import ASK, LENGTH, MAX_FRAME, Rebuild
+from ghostpool._imagerows import ASK, LENGTH, MAX_FRAME
 from ghostpool._imagesource import OPEN_FLAGS
 from ghostpool._limits import Limits, size_text
 from ghostpool._model import Images
 from ghostpool._protocol import rights
+from ghostpool._rebuild import Rebuild
 from ghostpool._startreader import Reading
 
 log = logging.getLogger("ghostpool")

@@ -30,9 +30,10 @@ from types import FrameType
 from typing import Any
 
 from ghostpool._errors import ImageError, UnsupportedError
-from ghostpool._imagerows import Rebuild, Telling, rows_of
+from ghostpool._imagerows import Telling, rows_of
 from ghostpool._images import read_source
 from ghostpool._limits import Limits
+from ghostpool._rebuild import Rebuild
 from tests.fuzz.mutate import Mutator, mutate_rows
 from tests.support.imagewriter import TTY, ImageSet, message
 from tests.support.memory import MemorySource, load

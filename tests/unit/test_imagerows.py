@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from ghostpool._errors import ImageError
-from ghostpool._imagerows import BATCH, KINDS, Rebuild, rows_of
+from ghostpool._imagerows import BATCH, KINDS, rows_of
 from ghostpool._images import read_source
 from ghostpool._limits import Limits
 from ghostpool._model import Images
+from ghostpool._rebuild import Rebuild
 from tests.support.corpus import CASES, corpus
 from tests.support.imagewriter import ImageSet, head
 from tests.support.memory import MemorySource

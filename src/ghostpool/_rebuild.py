@@ -1,0 +1,444 @@
+"""Images out of the rows that the reader process tells, none of which is believed.
+
+The reader may be in the hands of whoever wrote the images: every value that comes back is held
+against its type, its range and what else was said, and whatever is off is one ImageError. A column
+of a frame is checked as a whole, and value by value only where that fails, to say which one is off.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Final, Literal, TypeVar
+
+from ghostpool._errors import ImageError
+from ghostpool._imagerows import BATCH, KINDS, Rows
+from ghostpool._limits import TEXT_LIMIT, Limits, Tally
+from ghostpool._model import (
+    GHOST_KINDS,
+    HOST_NS,
+    TARGET_MAX,
+    Descriptor,
+    Extent,
+    Ghost,
+    GhostId,
+    Holder,
+    ImageMount,
+    Images,
+    MntId,
+    NsId,
+    Pid,
+    RegFile,
+    RegId,
+    Remap,
+    Task,
+)
+from ghostpool._paths import ghost_file_name, is_image_path, is_on_mount
+
+_T = TypeVar("_T", bound=tuple[Any, ...])
+_REMAP_KINDS: Final[dict[str, Literal["ghost", "linked", "procfs"]]] = {
+    "ghost": "ghost",
+    "linked": "linked",
+    "procfs": "procfs",
+}
+_KEY: Final = re.compile(r"exe|cwd|root|map:[0-9a-f]{1,16}-[0-9a-f]{1,16}", re.ASCII)
+_IFMT: Final = 0o170000
+_IFREG: Final = stat.S_IFREG
+_U31: Final = (1 << 31) - 1
+_U32: Final = (1 << 32) - 1
+_U63: Final = (1 << 63) - 1
+_U64: Final = (1 << 64) - 1
+_TIME: Final = 1_000_000 << 63
+
+
+class Nonsense(ValueError):
+    """What was said can not be true of any images."""
+
+
+def _show(value: Any) -> str:
+    return str(value) if type(value) is int else f"a {type(value).__name__}"
+
+
+def _number(value: Any, most: int = _U32, least: int = 0) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise Nonsense(f"{_show(value)} is no number from {least} to {most}")
+    return value
+
+
+def _bool(value: Any) -> bool:
+    if type(value) is not bool:
+        raise Nonsense("a value that is neither true nor false")
+    return value
+
+
+def _bytes(value: Any, most: int) -> bytes:
+    if type(value) is not str or len(value) > most or "\0" in value:
+        raise Nonsense(f"a text that is none, is longer than {most} or holds a NUL")
+    return value.encode("latin-1")
+
+
+def _text(value: Any) -> str:
+    return _bytes(value, TEXT_LIMIT).decode("utf-8", "surrogateescape")
+
+
+def _known(key: Any, known: Any, what: str) -> Any:
+    if type(key) is not int or key not in known:
+        raise Nonsense(f"a reference to {what} {_show(key)} that is not there")
+    return key
+
+
+def _columns(rows: Rows, number: int) -> list[tuple[Any, ...]]:
+    """Rows the other way round: checking a column takes a third of the time of its values."""
+    columns = list(zip(*rows, strict=True)) if rows else [()] * number
+    if len(columns) != number:
+        raise Nonsense(f"rows of {len(columns)} values, not of {number}")
+    return columns
+
+
+def _numbers(column: Sequence[Any], most: int = _U32, least: int = 0) -> None:
+    if column and ({*map(type, column)} != {int} or min(column) < least or max(column) > most):
+        for value in column:
+            _number(value, most, least)
+
+
+def _some(column: tuple[Any, ...]) -> Sequence[Any]:
+    """Those that are not null."""
+    return [value for value in column if value is not None] if None in column else column
+
+
+def _bools(column: tuple[Any, ...]) -> None:
+    if not {*map(type, column)} <= {bool}:
+        for value in column:
+            _bool(value)
+
+
+def _all_known(keys: Iterable[Any], known: Any, what: str) -> None:
+    for key in keys:
+        if type(key) is not int or key not in known:
+            _known(key, known, what)
+
+
+def _check_kind(ident: int, mode: int, size: int, flat: Any, rdev: Any, target: Any) -> None:
+    """What a ghost of this mode has and has not."""
+    kind = mode & _IFMT
+    if kind not in GHOST_KINDS or (kind != _IFREG and (size or flat)):
+        raise Nonsense(f"ghost {ident} has mode {mode:#o}, size {size}")
+    if (kind == stat.S_IFLNK) != (target is not None):
+        raise Nonsense(f"ghost {ident} of mode {mode:#o} is a link, or is none")
+    if (kind in (stat.S_IFCHR, stat.S_IFBLK)) != (rdev is not None):
+        raise Nonsense(f"ghost {ident} of mode {mode:#o} is a device, or is none")
+
+
+def _made(kind: type[_T], *columns: Iterable[Any]) -> Iterator[_T]:
+    """Named tuples of such fields; calling the class of each takes twice as long."""
+    return map(partial(tuple.__new__, kind), zip(*columns, strict=True))
+
+
+class Rebuild:
+    """Images out of rows that nobody vouches for.
+
+    `directory` names the images in messages. `add` takes frames in any number; after the last
+    one `images` has the result. Both raise ImageError for whatever is not as it has to be.
+    """
+
+    def __init__(self, directory: str, limits: Limits) -> None:
+        self._directory = directory
+        self._tally = Tally(limits)
+        self._at = -1
+        self._root_namespace = HOST_NS
+        self._own_user_namespace = False
+        self._mounts: dict[NsId, list[ImageMount]] = {}
+        self._points: dict[MntId, bytes] = {}
+        self._homes: dict[MntId, NsId] = {}
+        self._files: dict[RegId, RegFile] = {}
+        self._remaps: dict[RegId, Remap] = {}
+        self._awaited: set[int] = set()
+        """Ghosts that remaps lead to, and that have not been told of."""
+        self._ghosts: dict[GhostId, Ghost] = {}
+        self._further: dict[GhostId, list[Extent]] = {}
+        self._tables: dict[int, dict[int, Descriptor]] = {}
+        self._tasks: dict[Pid, tuple[Pid, NsId, int]] = {}
+        self._holders: dict[Pid, list[Holder]] = {}
+        self._fifos: dict[RegId, int] = {}
+        self._sockets: list[bytes] = []
+
+    @property
+    def complete(self) -> bool:
+        """The last frame is there."""
+        return self._at == len(KINDS) - 1
+
+    def add(self, frame: Any) -> None:
+        """Take one frame in."""
+        try:
+            kind, rows = frame
+            at = KINDS.index(kind)
+            if at < self._at or (at == 0) != (self._at < 0):
+                raise Nonsense(f"{kind} comes out of order")
+            if type(rows) is not list or len(rows) > BATCH:
+                raise Nonsense(f"{kind} are no rows")
+            self._at = at
+            getattr(self, f"_add_{kind}")(rows)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self._nonsense(error) from None
+
+    def images(self) -> Images:
+        """The result."""
+        try:
+            if not self.complete:
+                raise Nonsense("the last frame is missing")
+            return self._images()
+        except ValueError as error:
+            raise self._nonsense(error) from None
+
+    def _nonsense(self, error: Exception) -> ImageError:
+        what = error if isinstance(error, Nonsense) else "rows of another shape"
+        return ImageError(
+            self._directory, None, f"the process that reads the images makes no sense: {what}"
+        )
+
+    def _images(self) -> Images:
+        if not self._tasks:
+            raise Nonsense("no task")
+        tables = {
+            number: tuple(table[descriptor] for descriptor in sorted(table))
+            for number, table in self._tables.items()
+        }
+        tasks = tuple(
+            Task(pid, parent, namespace, tables.get(table, ()), tuple(self._holders.get(pid, ())))
+            for pid, (parent, namespace, table) in self._tasks.items()
+        )
+        if tasks[0].namespace != self._root_namespace:
+            raise Nonsense("the first task is not in the root namespace")
+        return Images(
+            directory=self._directory,
+            tasks=tasks,
+            files=self._files,
+            remaps=tuple(self._remaps.values()),
+            ghosts=self._ghosts,
+            mounts={namespace: tuple(table) for namespace, table in self._mounts.items()},
+            root_namespace=self._root_namespace,
+            own_user_namespace=self._own_user_namespace,
+            pending_fifo_bytes=self._fifos,
+            deleted_sockets=tuple(self._sockets),
+        )
+
+    def _count(self, kind: str, number: int) -> None:
+        self._tally.count(self._directory, None, kind, number)
+
+    def _add_head(self, row: Rows) -> None:
+        namespace, own_user_namespace = row
+        self._root_namespace = NsId(_number(namespace))
+        self._own_user_namespace = _bool(own_user_namespace)
+
+    def _add_mounts(self, rows: Rows) -> None:
+        self._count("mountpoints", len(rows))
+        for row in rows:
+            (ident, above, home, fstype, device, root, point, source, options) = row[:9]
+            (flags, sb_flags, shared, master, unbindable, key, deleted) = row[9:]
+            mount = ImageMount(
+                MntId(_number(ident)),
+                MntId(_number(above)),
+                NsId(_number(home, least=1)),
+                _text(fstype),
+                _number(device, _U64),
+                _bytes(root, TEXT_LIMIT),
+                _bytes(point, TEXT_LIMIT),
+                _text(source),
+                _text(options),
+                _number(flags),
+                _number(sb_flags),
+                _number(shared),
+                _number(master),
+                _bool(unbindable),
+                None if key is None else _text(key),
+                _bool(deleted),
+            )
+            table = self._mounts.setdefault(mount.namespace, [])
+            if mount.id in self._points or not is_image_path(mount.mountpoint):
+                raise Nonsense(f"mount {mount.id} comes twice or is nowhere")
+            if table:
+                if self._homes.get(mount.parent) != mount.namespace:
+                    raise Nonsense(f"mount {mount.id} comes before its parent")
+            elif mount.mountpoint != b"/":
+                raise Nonsense(f"the first mount of namespace {mount.namespace} is no root")
+            table.append(mount)
+            self._points[mount.id] = mount.mountpoint
+            self._homes[mount.id] = mount.namespace
+
+    def _add_files(self, rows: Rows) -> None:
+        self._count("files", len(rows))
+        ids, flags, positions, names, mnt_ids, sizes, modes, external = _columns(rows, 8)
+        self._new(ids, self._files, "file id")
+        _numbers(flags)
+        _numbers(_some(positions), _U64)
+        _numbers(_some(mnt_ids), _U31, -_U31 - 1)
+        _numbers(_some(sizes), _U64)
+        _numbers(_some(modes))
+        _bools(external)
+        paths = [_bytes(name, TEXT_LIMIT) for name in names]
+        for path, mnt_id, is_external in zip(paths, mnt_ids, external, strict=True):
+            if is_external:
+                continue
+            if not is_image_path(path):
+                raise Nonsense(f"{path[:80]!r} is no absolute, normal path of a file")
+            if mnt_id is not None and mnt_id not in self._points:
+                _known(mnt_id, self._points, "mount")
+        files = _made(RegFile, ids, flags, positions, paths, mnt_ids, sizes, modes, external)
+        self._files.update(zip(ids, files, strict=True))
+
+    @staticmethod
+    def _new(ids: tuple[Any, ...], known: Mapping[Any, Any], what: str) -> None:
+        """Numbers that are different, and none of which is there yet."""
+        _numbers(ids)
+        if len({*ids}) < len(ids) or not known.keys().isdisjoint(ids):
+            seen = set(known)
+            for ident in ids:
+                if ident in seen:
+                    raise Nonsense(f"{what} {ident} comes twice")
+                seen.add(ident)
+
+    def _add_remaps(self, rows: Rows) -> None:
+        self._count("remap-fpath", len(rows))
+        records, origins, kinds, targets = _columns(rows, 4)
+        _numbers(records)
+        _all_known(origins, self._files, "file")
+        _numbers(targets)
+        for record, origin, kind, target in zip(records, origins, kinds, targets, strict=True):
+            if origin in self._remaps or type(kind) is not str or kind not in _REMAP_KINDS:
+                raise Nonsense(f"a remap of file id {origin} that can not be")
+            if kind == "ghost":
+                self._awaited.add(target)
+            elif kind == "linked":
+                _known(target, self._files, "file")
+            if kind != "procfs":
+                self._check_remapped(self._files[origin])
+            self._remaps[origin] = Remap(record, origin, _REMAP_KINDS[kind], target)
+
+    def _check_remapped(self, file: RegFile) -> None:
+        if file.external or file.flags > _U31 or (file.position or 0) > _U63:
+            raise Nonsense(f"file id {file.id} can not be opened again")
+        if file.mnt_id is None:
+            if self._points:
+                raise Nonsense(f"file id {file.id} was removed from no mount")
+            return
+        if not is_on_mount(file.name, self._points[file.mnt_id]):
+            raise Nonsense(f"file id {file.id} is not below its mount")
+
+    def _add_descriptors(self, rows: Rows) -> None:
+        self._count("fdinfo", len(rows))
+        tables, numbers, files, close_on_exec, fifo = _columns(rows, 5)
+        _numbers(tables)
+        _numbers(numbers, _U31)
+        _all_known(files, self._files, "file")
+        _bools(close_on_exec)
+        _bools(fifo)
+        for table, row in zip(
+            tables, _made(Descriptor, numbers, files, close_on_exec, fifo), strict=True
+        ):
+            found = self._tables.get(table)
+            if found is None:
+                found = self._tables[table] = {}
+            if row.number in found:
+                raise Nonsense(f"descriptor {row.number} comes twice")
+            found[row.number] = row
+
+    def _add_tasks(self, rows: Rows) -> None:
+        self._count("pstree", len(rows))
+        for ident, above, namespace, table in rows:
+            pid, parent = Pid(_number(ident, least=1)), Pid(_number(above))
+            if pid in self._tasks or bool(parent) != bool(self._tasks):
+                raise Nonsense(f"task {pid} comes twice, or is the first one of two")
+            if self._mounts:
+                _known(namespace, self._mounts, "namespace")
+            elif _number(namespace) != HOST_NS:
+                raise Nonsense(f"task {pid} is in a namespace without mounts")
+            self._tasks[pid] = parent, NsId(namespace), _number(table)
+
+    def _add_holders(self, rows: Rows) -> None:
+        self._count("fdinfo", len(rows))
+        for ident, key, reg in rows:
+            pid = Pid(_known(ident, self._tasks, "task"))
+            if type(key) is not str or not _KEY.fullmatch(key):
+                raise Nonsense(f"task {pid} holds a file in no known way")
+            _known(reg, self._remaps, "remapped file")
+            self._holders.setdefault(pid, []).append(Holder(pid, key, RegId(reg)))
+
+    def _add_ghosts(self, rows: Rows) -> None:
+        self._count("ghost-file", len(rows))
+        ids, modes, uids, gids, atimes, mtimes, sizes, flats, rdevs, targets = _columns(rows, 10)
+        self._new(ids, self._ghosts, "ghost")
+        _numbers(modes, 0o177777)
+        _numbers(uids)
+        _numbers(gids)
+        _numbers(_some(atimes), _TIME, -_TIME)
+        _numbers(_some(mtimes), _TIME, -_TIME)
+        _numbers(sizes, _U63)
+        _numbers(_some(rdevs))
+        links = [None if target is None else _bytes(target, TARGET_MAX) for target in targets]
+        files = [ghost_file_name(ident) for ident in ids]
+        extents = []
+        for ident, file, mode, size, flat, rdev, target in zip(
+            ids, files, modes, sizes, flats, rdevs, targets, strict=True
+        ):
+            if mode & _IFMT != _IFREG or rdev is not None or target is not None:
+                _check_kind(ident, mode, size, flat, rdev, target)
+            self._tally.size(file, size)
+            extents.append(self._extents(file, 0, size, flat))
+        owners = (uids, gids, atimes, mtimes)
+        ghosts = _made(Ghost, ids, files, modes, *owners, sizes, extents, rdevs, links)
+        self._ghosts.update(zip(ids, ghosts, strict=True))
+        self._awaited.difference_update(ids)
+
+    def _extents(self, file: str, covered: int, size: int, flat: Any) -> tuple[Extent, ...]:
+        if type(flat) is not list or len(flat) % 3 or len(flat) > 3 * BATCH:
+            raise Nonsense(f"{file}: extents of another shape")
+        if not flat:
+            return ()
+        self._tally.count(file, None, "chunks", len(flat) // 3)
+        extents = []
+        content = 0
+        for offset, length, position in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
+            if not (
+                type(offset) is type(length) is type(position) is int
+                and covered <= offset < offset + length <= size
+                and 0 <= position <= _U63 - length
+            ):
+                _number(offset, size, covered)
+                _number(length, size - offset, 1)
+                _number(position, _U63 - length)
+            covered = offset + length
+            content += length
+            extents.append(Extent(offset, length, position))
+        self._tally.content(file, 0, content)
+        return tuple(extents)
+
+    def _add_extents(self, rows: Rows) -> None:
+        for ident, flat in rows:
+            ghost = self._ghosts[_known(ident, self._ghosts, "ghost")]
+            so_far = self._further.setdefault(ghost.id, list(ghost.extents))
+            covered = so_far[-1].offset + so_far[-1].length if so_far else 0
+            so_far += self._extents(ghost.file, covered, ghost.size, flat)
+
+    def _add_fifos(self, rows: Rows) -> None:
+        for reg, pending in rows:
+            self._fifos[RegId(_known(reg, self._files, "file"))] = _number(pending)
+
+    def _add_sockets(self, rows: Rows) -> None:
+        self._count("fifo-data", len(rows))
+        for name in rows:
+            if type(name) is not str:
+                raise Nonsense("the name of a socket that is no text")
+            self._sockets.append(name.encode("latin-1"))
+
+    def _add_end(self, rows: Rows) -> None:
+        if rows:
+            raise Nonsense("something after the end")
+        for ident in self._awaited:
+            _known(ident, self._ghosts, "ghost")
+        for ident, extents in self._further.items():
+            self._ghosts[ident] = self._ghosts[ident]._replace(extents=tuple(extents))
+
+
+__all__ = ["Nonsense", "Rebuild"]
