@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import stat
 
-from ghostpool._buildspec import SHARED_BY_KERNEL
 from ghostpool._errors import (
     HostNamespace,
     MountNotFound,
@@ -131,11 +130,14 @@ def check_mount(site: Site) -> None:
             f"the superblock of {where} ({mount.fstype}) is read-only, so nothing can be "
             "created on it through any mount"
         )
-    if target.enter is None and mount.fstype in SHARED_BY_KERNEL:
-        raise UnsupportedError(
-            f"{where} is the machine's own {mount.fstype}, which a rebuilt namespace only "
-            "borrows: nothing is created on it"
-        )
+    if target.enter is None:
+        from ghostpool._buildspec import SHARED_BY_KERNEL  # a namespace of this run: it is loaded
+
+        if mount.fstype in SHARED_BY_KERNEL:
+            raise UnsupportedError(
+                f"{where} is the machine's own {mount.fstype}, which a rebuilt namespace only "
+                "borrows: nothing is created on it"
+            )
     if mount.read_only and target.is_host:
         raise HostNamespace(
             f"{where} is read-only and belongs to the host's mount namespace, which is "

@@ -15,7 +15,11 @@ from typing import Any, NamedTuple
 
 from ghostpool import _linux
 
-_BOOT = "import sys; sys.path.append({path!r}); from ghostpool import _forkserver as f; f.main(3)"
+# It ends without what the interpreter does then, which the end of a run would wait for.
+_BOOT = (
+    "import os, sys; sys.path.append({path!r}); "
+    "from ghostpool import _forkserver as f; f.main(3); os._exit(0)"
+)
 
 _BLOCKED_AT_START = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _ABOVE = 10

@@ -31,7 +31,7 @@ BATCH_S = 60.0
 """Seconds that one batch may take to be undone by a worker that is slow, but alive."""
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class _Temporary:
     planned: PlannedGhost
     slot: int

@@ -11,7 +11,6 @@ memory of reading to 256 MiB, and an image beyond them is not of a container.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Final, NamedTuple, NoReturn
 
 from ghostpool._errors import ImageError
@@ -52,8 +51,7 @@ def size_text(size: int) -> str:
     return str(size)
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """How much of each thing the images of one dump may hold."""
 
     size: int = 1 << 40

@@ -22,7 +22,7 @@ _INLINE_SYMLINK = {"tmpfs": 127}
 _INLINE_ELSEWHERE = 59
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class Part:
     """What of a plan comes to lie on one superblock."""
 

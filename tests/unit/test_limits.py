@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 import time
@@ -63,7 +62,7 @@ def test_counts(
     field: str, most: int, file: str | None, number: int | None, what: str, tmp_path: Path
 ) -> None:
     """Beyond a limit the error names image, record, number, limit and what to do."""
-    error = refused(tmp_path, dataclasses.replace(Limits(), **{field: most}))
+    error = refused(tmp_path, Limits(**{field: most}))
     if file is not None:
         assert (error.file, error.record) == (file, number)
     assert what in error.problem

@@ -94,10 +94,10 @@ def test_the_coordinator_does_not_load_the_parser() -> None:
 def test_only_the_command_goes_without_garbage_collection() -> None:
     """It ends when its run does; in a program that embeds a restore that is not ours to say."""
     code = (
-        "import gc, ghostpool._cli as cli, ghostpool._openrestore\n"
+        "import gc, ghostpool._cli as cli, ghostpool._openrestore, ghostpool.__main__\n"
         "print(gc.isenabled())\n"
         "cli.exit_status_of_cli = lambda: print(gc.isenabled()) or 0\n"
-        "cli.main()"
+        "ghostpool.__main__.main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
