@@ -367,6 +367,8 @@ def _log_plan(plan: Plan) -> None:
         len(plan.mounts),
         len(plan.leased),
     )
+    if not log.isEnabledFor(logging.DEBUG):
+        return
     for planned in plan.mounts.values():
         log.debug(
             "mount %d, %s: %s",
