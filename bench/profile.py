@@ -41,10 +41,10 @@ PHASES = (
     Phase("enter", ("first entered",), "images read, fork server, the first worker inside"),
     Phase("plan", ("planned",), "mount tables and old names looked at, the plan made"),
     Phase("create", ("ghost_created",), "guardian and further workers begin; all ghosts made"),
-    Phase("open", ("mount_writable", "file_opened"), "mounts writable, all files opened"),
+    Phase("open", ("mount_writable", "file_opened"), "mounts writable, files opened, names gone"),
     Phase("barrier", ("task_arrived",), "the last task arrives"),
     Phase("revert", ("reverted",), "mounts read-only again"),
-    Phase("clean", ("cleaned",), "temporary names removed"),
+    Phase("clean", ("cleaned",), "the last names removed"),
     Phase("verify", ("end",), "everything verified and closed; guardian and workers end"),
     Phase("report", (), "report, end of the process"),
 )
@@ -117,7 +117,7 @@ def split(begun: float, events: list[dict[str, object]], ended: float) -> list[f
     """Seconds of each of PHASES. BenchError: the events are not those of a whole restore."""
     last: dict[str, float] = {}
     for event in events:
-        kind, at = event["event"], event["at"]
+        kind, at = event.get("event"), event.get("at")
         if not (isinstance(kind, str) and isinstance(at, float)):
             raise BenchError(f"an event without its kind or time: {event}")
         last[kind] = max(at, last.get(kind, at))
