@@ -317,21 +317,24 @@ def test_a_sloppy_rival_is_noticed(
     assert complaint in capfd.readouterr().err
 
 
-@pytest.mark.needs_cc
 def test_a_failing_rival_ends_the_run(tmp_path: Path) -> None:
-    """A command that fails is an error and no sample: ghosts beyond the limit of descriptors."""
-    command = ["sh", "-c", 'ulimit -n 100; exec "$@"', "sh", sys.executable, "-m", "bench"]
+    """A command that fails is an error and no sample: an nsenter that can not enter."""
+    programs, scratch = tmp_path / "bin", tmp_path / "scratch"
+    programs.mkdir()
+    scratch.mkdir()
+    (programs / "nsenter").write_text("#!/bin/sh\necho no way in >&2\nexit 7\n")
+    (programs / "nsenter").chmod(0o755)
     done = subprocess.run(
-        [*command, "--only", "slope", "--rounds", "1", "--ghosts", "2", "60"],
+        [sys.executable, "-m", "bench", "--quick", "--only", "start", "--rounds", "1"],
         cwd=CHECKOUT,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
+        env=os.environ | {"TMPDIR": str(scratch), "PATH": f"{programs}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1
-    assert "descriptors at once in a worker, but the limit is 100" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert "status 7: no way in" in done.stderr
+    assert list(scratch.iterdir()) == []
 
 
 def test_rivals_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
