@@ -15,7 +15,7 @@ from typing import Any, Final
 from ghostpool._errors import ImageError, UnsupportedError
 from ghostpool._imagefile import ImageDirectory
 from ghostpool._limits import TEXT_LIMIT
-from ghostpool._model import RegFile, RegId
+from ghostpool._model import RegFile, RegId, maker
 from ghostpool._paths import is_image_path
 
 # enum fd_types, and the field of file_entry that holds the details.
@@ -25,6 +25,7 @@ _UNIXSK: Final = 5
 _TTY: Final = 11
 _DETAILS: Final = {FD_TYPE_REG: "reg", FD_TYPE_FIFO: "fifo", _UNIXSK: "usk", _TTY: "tty"}
 
+_make_reg: Final = maker(RegFile)
 _NO_SEEK: Final = (1 << 64) - 1
 _NO_MOUNT: Final = -1
 
@@ -108,15 +109,17 @@ def _reg(name: str, number: int, entry: Any) -> RegFile:
     if external and (len(path) > TEXT_LIMIT or b"\0" in path):
         raise ImageError(name, number, f"{path[:80]!r} is no name of an external file")
     position, mnt_id, size, mode = entry.pos, entry.mnt_id, entry.size, entry.mode
-    return RegFile(
-        entry.id,
-        entry.flags,
-        position if position != _NO_SEEK else None,
-        path,
-        mnt_id if mnt_id != _NO_MOUNT else None,
-        size if size or entry.HasField("size") else None,
-        mode if mode or entry.HasField("mode") else None,
-        external,
+    return _make_reg(
+        (
+            entry.id,
+            entry.flags,
+            position if position != _NO_SEEK else None,
+            path,
+            mnt_id if mnt_id != _NO_MOUNT else None,
+            size if size or entry.HasField("size") else None,
+            mode if mode or entry.HasField("mode") else None,
+            external,
+        )
     )
 
 

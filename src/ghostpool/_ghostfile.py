@@ -14,11 +14,13 @@ from typing import Any, Final
 from ghostpool._errors import ImageError
 from ghostpool._imagefile import ImageDirectory, Window
 from ghostpool._limits import Tally, beyond
-from ghostpool._model import GHOST_KINDS, TARGET_MAX, Extent, Ghost, GhostId
+from ghostpool._model import GHOST_KINDS, TARGET_MAX, Extent, Ghost, GhostId, maker
 from ghostpool._schema import message_class
 
 _ENTRY: Final = message_class("ghost_file_entry")
 _CHUNK: Final = message_class("ghost_chunk_entry")
+_make_ghost: Final = maker(Ghost)
+_make_extent: Final = maker(Extent)
 _MAX_OFFSET: Final = (1 << 63) - 1
 _WINDOW: Final = 8192  # head, entry and first chunk header of any real ghost: one system call
 
@@ -70,7 +72,7 @@ def _ghost(
             size = end - at
             tally.size(name, size)
             tally.content(name, 0, size)
-            extents = (Extent(0, size, at),)
+            extents = (_make_extent((0, size, at)),)
     elif end > at or entry.chunks:
         raise ImageError(name, 0, f"content follows a file of mode {mode:#o}, which has none")
     elif kind == stat.S_IFLNK:
@@ -79,7 +81,8 @@ def _ghost(
         rdev = _rdev(name, entry)
     atime = _microseconds(name, entry, "atim")
     mtime = _microseconds(name, entry, "mtim")
-    return Ghost(ghost, name, mode, entry.uid, entry.gid, atime, mtime, size, extents, rdev, target)
+    owner = entry.uid, entry.gid
+    return _make_ghost((ghost, name, mode, *owner, atime, mtime, size, extents, rdev, target))
 
 
 def _logical_size(name: str, entry: Any) -> int:

@@ -40,9 +40,11 @@ from ghostpool._model import (
     RegId,
     Remap,
     Task,
+    maker,
 )
 from ghostpool._remaps import check_remapped, read_ghosts, read_remaps
 
+_make_descriptor: Final = maker(Descriptor)
 _ALIVE: Final = 1
 _STOPPED: Final = 3
 _ZOMBIE: Final = frozenset((2, 6))
@@ -317,7 +319,8 @@ def _descriptors(
             raise ImageError(
                 name, number, f"refers to file id {ident}{kind}, which files.img does not hold"
             )
-        rows[fd] = Descriptor(fd, reg, bool(entry.flags & 1), kind == FD_TYPE_FIFO)
+        close_on_exec = bool(entry.flags & 1)
+        rows[fd] = _make_descriptor((fd, reg, close_on_exec, kind == FD_TYPE_FIFO))
     return tuple(row for fd in sorted(rows) if (row := rows[fd]) is not None)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ghostpool._errors import GhostpoolError, MountNotFound, Overmounted
-from ghostpool._model import ImageMount, Images, MntId, NsId, RegFile
+from ghostpool._model import ImageMount, Images, MntId, NsId, RegFile, maker
 from ghostpool._mountinfo import LiveMount
 from ghostpool._mounttable import MountTable
 from ghostpool._paths import join, text
@@ -38,6 +38,9 @@ class Site(NamedTuple):
     def path(self) -> bytes:
         """Directory of the name inside the file system, as components joined by "/"."""
         return join(self.mount.root.strip(b"/"), self.directory)
+
+
+_make_site = maker(Site)
 
 
 class Matcher:
@@ -123,4 +126,4 @@ def _site(namespace: Namespace, live: LiveMount, mountpoint: bytes, name: bytes)
             f"{text(name)} is not below {text(mountpoint)}, the mount point of its mount"
         )
     directory, _, last = name[len(above) :].rpartition(b"/")
-    return Site(namespace, live, directory, last)
+    return _make_site((namespace, live, directory, last))

@@ -11,9 +11,10 @@ file names are, and absolute image paths start with b"/" at the root of their mo
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
-from typing import Literal, NamedTuple, NewType
+from typing import Any, Literal, NamedTuple, NewType, TypeVar
 
 MntId = NewType("MntId", int)
 """A mnt_id of the dumping kernel, as the images use it; never one of the live kernel."""
@@ -48,6 +49,17 @@ TARGET_MAX = 4095
 """Longest target of a symbolic link, in bytes: PATH_MAX less the final NUL."""
 HOST_NS = NsId(0)
 """Stands for the mount namespace of images that were dumped without one of their own."""
+
+
+_T = TypeVar("_T", bound=tuple[Any, ...])
+
+
+def maker(kind: type[_T]) -> Callable[[tuple[Any, ...]], _T]:
+    """What makes a named tuple out of all of its fields, in half of the time that its class takes.
+
+    For where there are hundred thousands: neither their number nor their types are checked.
+    """
+    return partial(tuple.__new__, kind)
 
 
 class Extent(NamedTuple):

@@ -41,6 +41,7 @@ from ghostpool._model import (
     RegFile,
     RegId,
     Remap,
+    maker,
 )
 from ghostpool._mountinfo import LiveMount
 from ghostpool._needs import Counts
@@ -60,6 +61,9 @@ from ghostpool._planned import (
 )
 from ghostpool._protocol import Look
 
+_make_opening = maker(Opening)
+_make_open = maker(PlannedOpen)
+_make_ghost = maker(PlannedGhost)
 ALTERNATIVE = b".cr_link"
 """What CRIU appends to an old name that something else has taken."""
 _NAME_MAX = 255
@@ -197,7 +201,7 @@ class Planner:
             self._plan.warnings.append(
                 f"{text(file.name)}: {pending} bytes that waited in the fifo are not restored yet"
             )
-        opening = Opening(file, ghost, mount, site, flags, held[file.id])
+        opening = _make_opening((file, ghost, mount, site, flags, held[file.id]))
         self._openings[file.id] = opening
         key = mount.handle, site.directory
         names = self._wanted.get(key)
@@ -390,14 +394,9 @@ class Planner:
         if stat.S_ISDIR(first.ghost.mode):
             final = self._names(first, spot)
             parents = spot.missing
-        self._plan.ghosts[ghost_id] = PlannedGhost(
-            ghost=first.ghost,
-            mount=mount,
-            directory=directory,
-            name=b".ghostpool-%s-%x" % (self._token, ghost_id),
-            parents=parents,
-            final=final,
-            group=spot.group,
+        name = b".ghostpool-%s-%x" % (self._token, ghost_id)
+        self._plan.ghosts[ghost_id] = _make_ghost(
+            (first.ghost, mount, directory, name, parents, final, spot.group)
         )
 
     def _first_place(
@@ -451,4 +450,4 @@ class Planner:
         else:
             link, link_root = placed.mount.service, placed.mount.root
         names = placed.final or self._names(opening, spot)
-        return PlannedOpen(opening, link, link_root, names, len(spot.missing), spot.group)
+        return _make_open((opening, link, link_root, names, len(spot.missing), spot.group))

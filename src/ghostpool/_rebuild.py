@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Final, Literal, TypeVar
 
 from ghostpool._errors import ImageError
@@ -34,6 +33,7 @@ from ghostpool._model import (
     RegId,
     Remap,
     Task,
+    maker,
 )
 from ghostpool._paths import ghost_file_name, is_image_path, is_on_mount
 
@@ -43,6 +43,8 @@ _REMAP_KINDS: Final[dict[str, Literal["ghost", "linked", "procfs"]]] = {
     "linked": "linked",
     "procfs": "procfs",
 }
+_make_extent: Final = maker(Extent)
+_make_remap: Final = maker(Remap)
 _KEY: Final = re.compile(r"exe|cwd|root|map:[0-9a-f]{1,16}-[0-9a-f]{1,16}", re.ASCII)
 _IFMT: Final = 0o170000
 _IFREG: Final = stat.S_IFREG
@@ -132,8 +134,7 @@ def _check_kind(ident: int, mode: int, size: int, flat: Any, rdev: Any, target: 
 
 
 def _made(kind: type[_T], *columns: Iterable[Any]) -> Iterator[_T]:
-    """Named tuples of such fields; calling the class of each takes twice as long."""
-    return map(partial(tuple.__new__, kind), zip(*columns, strict=True))
+    return map(maker(kind), zip(*columns, strict=True))
 
 
 class Rebuild:
@@ -314,7 +315,7 @@ class Rebuild:
                 _known(target, self._files, "file")
             if kind != "procfs":
                 self._check_remapped(self._files[origin])
-            self._remaps[origin] = Remap(record, origin, _REMAP_KINDS[kind], target)
+            self._remaps[origin] = _make_remap((record, origin, _REMAP_KINDS[kind], target))
 
     def _check_remapped(self, file: RegFile) -> None:
         if file.external or file.flags > _U31 or (file.position or 0) > _U63:
@@ -410,7 +411,7 @@ class Rebuild:
                 _number(position, _U63 - length)
             covered = offset + length
             content += length
-            extents.append(Extent(offset, length, position))
+            extents.append(_make_extent((offset, length, position)))
         self._tally.content(file, 0, content)
         return tuple(extents)
 

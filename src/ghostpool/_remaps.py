@@ -17,7 +17,7 @@ from ghostpool._errors import ImageError, UnsupportedError
 from ghostpool._filetable import FileTable
 from ghostpool._ghostfile import read_ghost
 from ghostpool._imagefile import ImageDirectory
-from ghostpool._model import Ghost, GhostId, ImageMount, NsId, RegId, Remap
+from ghostpool._model import Ghost, GhostId, ImageMount, NsId, RegId, Remap, maker
 from ghostpool._paths import ghost_file_name, is_on_mount
 
 _KINDS: Final[dict[int, Literal["linked", "ghost", "procfs"]]] = {
@@ -25,6 +25,7 @@ _KINDS: Final[dict[int, Literal["linked", "ghost", "procfs"]]] = {
     1: "ghost",
     2: "procfs",
 }
+_make_remap: Final = maker(Remap)
 _OLD_GHOST_BIT: Final = 1 << 31
 _STRAY_GHOST: Final = re.compile(r"ghost-file-[0-9a-f]+\.img")
 
@@ -55,7 +56,7 @@ def read_remaps(source: ImageDirectory, files: FileTable) -> tuple[Remap, ...]:
             raise ImageError(
                 name, number, f"leads to file id {target}, which files.img does not hold"
             )
-        remaps[origin] = Remap(number, origin, kind, target)
+        remaps[origin] = _make_remap((number, origin, kind, target))
     return tuple(remaps.values())
 
 
