@@ -10,6 +10,7 @@ since a rival that leaves a mount writable or a file behind has not done the sam
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -23,6 +24,10 @@ from typing import NoReturn
 
 from bench.images import Shape
 from ghostpool import _linux
+
+
+_FURTHER_FDS = 400
+"""What a process of ghostpool has open besides mounts and namespaces, at most."""
 
 
 class BenchError(Exception):
@@ -169,6 +174,12 @@ def _hold(shape: Shape, writer: int, backing: Path | None) -> NoReturn:
         traceback.print_exc()
     finally:
         os._exit(1)
+
+
+def most_mounts(namespaces: int) -> int:
+    """Read-only mounts that ghostpool can hold here: two descriptors for each, one process."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (hard - _FURTHER_FDS - namespaces) // 2
 
 
 def read_mountinfo(pid: int) -> bytes:
