@@ -25,7 +25,6 @@ from typing import NoReturn
 from bench.images import Shape
 from ghostpool import _linux
 
-
 _FURTHER_FDS = 400
 """What a process of ghostpool has open besides mounts and namespaces, at most."""
 
