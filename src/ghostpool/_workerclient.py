@@ -120,8 +120,8 @@ class WorkerClient:
             numbers = (namespace, list(new_namespaces), list(new_mounts))
             passed = [*new_namespaces.values(), *new_mounts.values(), *fds]
             # What may have arrived needs not be sent again, and what has not, dies with it.
-            self._namespaces |= new_namespaces.keys()
-            self._mounts |= new_mounts.keys()
+            self._namespaces.update(new_namespaces)
+            self._mounts.update(new_mounts)
             with self._errors(request):
                 with anyio.fail_after(SEND_S, shield=True):
                     await self._channel.send((*numbers, request, *arguments), passed)
