@@ -49,10 +49,18 @@ class Matcher:
     def __init__(self, images: Images, namespaces: Mapping[NsId, Namespace]) -> None:
         self._images = images
         self._namespaces = namespaces
-        self._mounts = {m.id: m for mounts in images.mounts.values() for m in mounts}
+        used = {file.mnt_id for file in images.files.values()}
+        self._mounts: dict[MntId, ImageMount] = {}
+        """Those that files were opened on: a few, of however many."""
         self._stacks: dict[tuple[NsId, bytes], list[ImageMount]] = {}
-        for mount in self._mounts.values():
-            self._stacks.setdefault((mount.namespace, mount.mountpoint), []).append(mount)
+        """All that are on the same mount points as those."""
+        for number, mounts in images.mounts.items():
+            here = {mount.id: mount for mount in mounts if mount.id in used}
+            self._mounts |= here
+            points = {mount.mountpoint for mount in here.values()}
+            for mount in mounts:
+                if mount.mountpoint in points:
+                    self._stacks.setdefault((number, mount.mountpoint), []).append(mount)
         self._found: dict[MntId, tuple[Namespace, LiveMount, bytes] | GhostpoolError] = {}
 
     def site(self, file: RegFile) -> Site:
