@@ -15,7 +15,6 @@ from collections.abc import Mapping
 import anyio
 
 from ghostpool import _listenfds
-from ghostpool._capabilities import COMMAND
 from ghostpool._errors import CommandError
 from ghostpool._planned import PlannedTask
 from ghostpool._process import Child, CommandFailed
@@ -60,6 +59,8 @@ def commands(argv: list[str], extra_capabilities: int = 0, *, listen_fds: bool =
     (`_capabilities.COMMAND`), and `extra_capabilities`. With `listen_fds` it gets its descriptors
     by the LISTEN_FDS convention.
     """
+    from ghostpool._capabilities import COMMAND
+
     capabilities = COMMAND | extra_capabilities
 
     async def deliver(run: Prepared, restored: Restored) -> None:

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import anyio
 
 from ghostpool import _linux
-from ghostpool._capabilities import COMMAND
 from ghostpool._channel import Channel
 from ghostpool._errors import WorkerDied, WorkerHung, alone
 from ghostpool._identity import has_ended
@@ -282,7 +281,7 @@ class ForkServer:
         namespace: int,
         descriptors: Mapping[int, int],
         soft_limit: int,
-        capabilities: int = COMMAND,
+        capabilities: int,
     ) -> Child:
         """Start a command in a mount namespace with exactly these descriptors.
 
