@@ -91,13 +91,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--page", type=Path, metavar="FILE", help=f"measure nothing: PAGE ({PAGE}) from this FILE"
     )
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="its table of the first targets, beside PAGE"
+    )
     options = parser.parse_args(arguments)
     if options.rounds is not None and options.rounds < 1:
         parser.error("--rounds: at least 1")
     if options.ghosts and not 0 < options.ghosts[0] < options.ghosts[1]:
         parser.error("--ghosts: FEW is at least 1 and smaller than MANY")
     if options.page is not None and (options.only or options.resume or options.json):
-        parser.error("--page measures nothing: it goes with --write alone")
+        parser.error("--page measures nothing: it goes with --write and --readme alone")
+    if options.readme is not None and not (options.page or options.write):
+        parser.error("--readme goes with --write, or with --page")
     return options
 
 
@@ -106,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         if options.page is not None:
-            page.write(record.read(options.page), options.write or PAGE)
+            _write(options, record.read(options.page))
             return 0
         if os.geteuid() != 0:
             print("bench: needs root, for mount namespaces", file=sys.stderr)
@@ -116,11 +121,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file = options.write.with_suffix("") / "samples.json"
         status = in_private_namespace(lambda scratch: _ask(options, scratch, file))
         if status == 0 and options.write is not None:
-            page.write(record.read(file), options.write)
+            _write(options, record.read(file))
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     return status
+
+
+def _write(options: argparse.Namespace, document: dict[str, Any]) -> None:
+    page.write(document, options.write or PAGE)
+    if options.readme is not None:
+        page.put_summary(document, options.readme)
 
 
 def _ask(options: argparse.Namespace, scratch: Path, file: Path | None) -> None:

@@ -13,12 +13,15 @@ from typing import Any
 
 from bench import plots, profile, record, sweeps, targets
 from bench.measure import Answer
+from bench.scene import BenchError
 from bench.targets import Verdict
 
 _WORDS = Path(__file__).with_name("performance.md")
 _QUICK = (
     "**Small sizes (`--quick`): they show that everything runs. Targets are about larger ones.**"
 )
+_BEGIN, _END = "<!-- speed -->", "<!-- /speed -->"
+_SUMMARY = ("slope", "many", "start")
 _MOST = 3
 """Phases to name, at most, and only while they are worth naming:"""
 _WORTH = 0.1
@@ -31,6 +34,23 @@ def write(document: dict[str, Any], page: Path) -> None:
     plots.draw(answers_of(document), beside)
     record.save(document, beside / "samples.json")
     page.write_text(text(document, beside.name), encoding="utf-8")
+
+
+def put_summary(document: dict[str, Any], readme: Path) -> None:
+    """Put the first of the targets between the marks of a page. BenchError: it has none."""
+    words = readme.read_text(encoding="utf-8")
+    before, begin, rest = words.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not end:
+        raise BenchError(f"{readme}: there is no {_BEGIN} with {_END} after it")
+    new = f"{before}{begin}\n{summary(document)}{end}{after}"
+    readme.write_text(new, encoding="utf-8")
+
+
+def summary(document: dict[str, Any]) -> str:
+    """A table of the targets that say most."""
+    judged = targets.judge(answers_of(document))
+    return table([one for one in judged if one.target.answer in _SUMMARY], detached=False)
 
 
 def answers_of(document: dict[str, Any]) -> list[Answer]:
@@ -86,16 +106,17 @@ def _plain(value: Any) -> str:
 # Targets.
 
 
-def table(judged: Sequence[Verdict]) -> str:
-    """Every target with what was measured."""
-    lines = ["| measure | limit | measured | | the same, detached |", "|---|---|---|---|---|"]
+def table(judged: Sequence[Verdict], *, detached: bool = True) -> str:
+    """Targets with what was measured, on request with the other strategy beside it."""
+    rows = [["measure", "limit", "measured", ""] + ["the same, detached"] * detached]
+    rows.append(["---"] * len(rows[0]))
     for one in judged:
-        measured, detached = (
+        values = [
             "–" if value is None else one.target.shown(value) for value in (one.value, one.detached)
-        )
+        ]
         limit = "none" if not one.target.limit else f"≤ {one.target.shown(one.target.limit)}"
-        lines.append(f"| {one.target.measure} | {limit} | {measured} | {one.word} | {detached} |")
-    return "\n".join(lines) + "\n"
+        rows.append([one.target.measure, limit, values[0], one.word] + values[1:] * detached)
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def missed(judged: Sequence[Verdict], answers: Sequence[Answer]) -> str:

@@ -24,7 +24,7 @@ from bench import rivals
 from bench.images import Shape, write_images
 from bench.scene import in_private_namespace, live_namespace
 
-pytestmark = [pytest.mark.long, pytest.mark.needs_mount_ns, pytest.mark.needs_cc]
+pytestmark = [pytest.mark.long, pytest.mark.needs_mount_ns]
 
 FEW, MANY = 100, 4_000
 LEAST_ROUNDS, MOST_S = 2, 35.0
@@ -123,6 +123,7 @@ def measure(scratch: Path) -> dict[str, float]:
 
 # Idle threads of an earlier test's event loop; the child uses nothing that they hold.
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.needs_cc
 def test_nothing_costs_twice_as_much_as_it_did(tmp_path: Path) -> None:
     """Every ratio is within its bound, in one round or another."""
     file = tmp_path / "ratios.json"
@@ -134,3 +135,24 @@ def test_nothing_costs_twice_as_much_as_it_did(tmp_path: Path) -> None:
     found = json.loads(file.read_text(encoding="utf-8"))
     too_high = {name: found[name] for name, bound in BOUNDS.items() if not 0 < found[name] <= bound}
     assert not too_high, found
+
+
+# As above.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_many_mounts_are_made_in_linear_time(tmp_path: Path) -> None:
+    """A bind whose source is below a mount with many others takes the longer the more there are:
+    has_locked_children in fs/namespace.c looks at each. Those of a scene are no such binds."""
+    file = tmp_path / "seconds.json"
+
+    def seconds(scratch: Path, mounts: int) -> float:
+        shape = Shape(0, mounts=1, further_mounts=mounts, base=bytes(scratch / f"live-{mounts}"))
+        begun = time.perf_counter()
+        with live_namespace(shape):
+            return time.perf_counter() - begun
+
+    def body(scratch: Path) -> None:
+        file.write_text(json.dumps([seconds(scratch, count) for count in (2_000, 20_000)]))
+
+    assert in_private_namespace(body) == 0
+    few, many = json.loads(file.read_text(encoding="utf-8"))
+    assert many < 30 * few  # ten times as many mounts; such binds took 70 times as long

@@ -148,8 +148,26 @@ def test_the_page_in_the_documentation_is_that_of_its_samples() -> None:
     home = CHECKOUT / "docs"
     made = page.text(record.read(home / "performance" / "samples.json"), "performance")
     assert (home / "performance.md").read_text(encoding="utf-8") == made
+    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    summary = page.summary(record.read(home / "performance" / "samples.json"))
+    assert f"<!-- speed -->\n{summary}<!-- /speed -->" in readme
     for picture in re.findall(r"\]\((performance/[^)]+\.svg)\)", made):
         assert (home / picture).read_text(encoding="utf-8").rstrip().endswith("</svg>")
+
+
+def test_a_readme_gets_the_first_targets(tmp_path: Path) -> None:
+    """Between its marks, in place of what was there; without marks it is left as it is."""
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n", encoding="utf-8")
+    run = document(answer("slope", **{"1 job over C": 1.25}))
+    page.put_summary(run, readme)
+    text = readme.read_text(encoding="utf-8")
+    assert text == f"before\n<!-- speed -->\n{page.summary(run)}<!-- /speed -->\nafter\n"
+    assert row_of(text, TARGETS[0].measure).endswith("| ≤ 1.50 | 1.25 | met |")
+    readme.write_text("<!-- /speed --> <!-- speed -->", encoding="utf-8")
+    with pytest.raises(BenchError, match="there is no <!-- speed -->"):
+        page.put_summary(run, readme)
+    assert readme.read_text(encoding="utf-8") == "<!-- /speed --> <!-- speed -->"
 
 
 def test_a_document_comes_back(tmp_path: Path) -> None:
