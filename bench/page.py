@@ -18,7 +18,8 @@ from bench.targets import Verdict
 
 _WORDS = Path(__file__).with_name("performance.md")
 _QUICK = (
-    "**Small sizes (`--quick`): they show that everything runs. Targets are about larger ones.**"
+    "**Small sizes (`--quick`): they show that everything runs. The targets are about larger "
+    "ones, and what is beside them here is not what they ask for.**\n"
 )
 _BEGIN, _END = "<!-- speed -->", "<!-- /speed -->"
 _SUMMARY = ("slope", "many", "start")
@@ -48,7 +49,9 @@ def put_summary(document: dict[str, Any], readme: Path) -> None:
 
 
 def summary(document: dict[str, Any]) -> str:
-    """A table of the targets that say most."""
+    """A table of the targets that say most; nothing for sizes that are not theirs."""
+    if document["quick"]:
+        return "They have not been measured in full yet.\n"
     judged = targets.judge(answers_of(document))
     return table([one for one in judged if one.target.answer in _SUMMARY], detached=False)
 
@@ -72,8 +75,10 @@ def text(document: dict[str, Any], beside: str) -> str:
 
     sections = {answer.name: section(answer) for answer in answers}
     parts = {
-        "machine": describe(document["machine"]) + ("\n" + _QUICK if document["quick"] else ""),
-        "targets": "\n".join(filter(None, (table(judged), picture(plots.TARGETS)))),
+        "machine": describe(document["machine"]),
+        "targets": "\n".join(
+            filter(None, (document["quick"] and _QUICK, table(judged), picture(plots.TARGETS)))
+        ),
         "missed": missed(judged, answers),
         "profile": sections.pop("profile", "Not measured."),
         "sweeps": "\n".join(sections.pop(name) for name in [*sections] if _is_sweep(name)),
@@ -143,10 +148,11 @@ def what_the_profile_shows(verdict: Verdict, figures: dict[str, float]) -> str:
     run = _run_of(verdict.target.run, figures)
     if not run:
         return ""
+    # The first phase is over before anybody knows how many ghosts there are: it does not grow.
+    phases = profile.PHASES[1:] if verdict.target.further else profile.PHASES
     suffix = ", µs per further ghost" if verdict.target.further else ""
     values = {
-        phase.name: max(0.0, figures.get(f"{run}: {phase.name}{suffix}", 0.0))
-        for phase in profile.PHASES
+        phase.name: max(0.0, figures.get(f"{run}: {phase.name}{suffix}", 0.0)) for phase in phases
     }
     whole = sum(values.values())
     largest = sorted(values, key=values.__getitem__, reverse=True)[:_MOST]
