@@ -116,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.geteuid() != 0:
             print("bench: needs root, for mount namespaces", file=sys.stderr)
             return 2
+        # Modules that each command compiles anew would be the compiler's time.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         file = options.json or options.resume
         if file is None and options.write is not None:
             file = options.write.with_suffix("") / "samples.json"

@@ -44,7 +44,7 @@ def machine(scratch: Path) -> dict[str, Any]:
         mounts = int(mount_max.read())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
     return {
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "cpu": ", ".join(sorted(models)) or platform.machine(),
         "usable_cpus": len(os.sched_getaffinity(0)),
         "memory": f"{memory:,} MiB",

@@ -166,7 +166,7 @@ def test_start_runs_to_its_end(tmp_path: Path) -> None:
     """The smallest question: facts, a table with ratios first, one sample of each rival."""
     done = bench(tmp_path, "--quick", "--only", "start", "--rounds", "1")
     assert done.returncode == 0, done.stderr
-    assert "- kernel: " + os.uname().release in done.stdout
+    assert "- kernel: " + os.uname().release.partition("-")[0] in done.stdout
     assert "| 1.00 | python -c 'import trio, anyio' |" in done.stdout
     document = json.loads((tmp_path / "samples.json").read_text())
     assert document["machine"]["usable_cpus"] >= 1
