@@ -115,10 +115,10 @@ class Ledger:
             raise RuntimeError(f"ghost {ghost_id:x} has not been created")
         return result
 
-    async def linking(self, opens: Sequence[PlannedOpen], slot: int) -> list[Key]:
-        """A request that gives ghosts their old names for a moment is about to be sent.
+    def linking(self, opens: Sequence[PlannedOpen], slot: int) -> list[Owed]:
+        """A request that gives ghosts their old names for a moment is to be sent, after `owe`.
 
-        Returns under which keys that is owed, for `opened`.
+        Returns what that owes; `opened` takes the keys.
         """
         # Those that share a directory are owed together, but each that has parents to be removed
         # after it alone.
@@ -129,9 +129,11 @@ class Ledger:
             alone = opening.file.id if planned.missing else None
             place = (opening.mount.handle, opening.site.directory, alone)
             groups.setdefault(place, []).append(planned)
-        debts = [self._owed_links(some) for some in groups.values()]
+        return [self._owed_links(some) for some in groups.values()]
+
+    async def owe(self, debts: Sequence[Owed]) -> None:
+        """Returns when it is in the journal. See `Guard.owe`."""
         await self._guard.owe(debts)
-        return [debt.key for debt in debts]
 
     def _owed_links(self, opens: Sequence[PlannedOpen]) -> Owed:
         first = opens[0]

@@ -72,6 +72,7 @@ class Opener:
         opened = Counter(planned.opening.ghost.id for planned in plan.opens)
         self._shared = {ghost for ghost, count in opened.items() if count > 1}
         self._places: dict[tuple[object, ...], tuple[bytes, bytes]] = {}
+        self._preparing = anyio.Lock()
         self._begun: dict[RegId, _Opening] = {}
 
     def not_begun(self, opens: Iterable[PlannedOpen]) -> list[PlannedOpen]:
@@ -119,8 +120,12 @@ class Opener:
     async def _prepare(
         self, slot: int, opens: Sequence[PlannedOpen]
     ) -> tuple[list[OpenOp], list[Key]]:
-        keys = await self._ledger.linking(opens, slot)
-        return [self._open_op(planned) for planned in opens], keys
+        # Many tasks begin at the same moment: the event loop is not to be kept by all at once.
+        async with self._preparing:
+            debts = self._ledger.linking(opens, slot)
+            operations = [self._open_op(planned) for planned in opens]
+        await self._ledger.owe(debts)
+        return operations, [debt.key for debt in debts]
 
     async def _open_batch(
         self,
