@@ -107,6 +107,18 @@ def test_numbers_of_a_command_are_seen_in_the_plan(tmp_path: Path) -> None:
         assert limited(900, *where, "--discard").status == 0
 
 
+def test_discarded_files_are_not_held(tmp_path: Path) -> None:
+    """Whoever has opened and checked them closes them, so there may be more than descriptors."""
+    images = many_files().write(tmp_path)
+    with live([read_only(10, b"/m0", "keep")]) as (one,):
+        before = one.snapshot().without_directory_times()
+        arguments = ("restore", "-D", images, "-t", one.pid, "-j", 1)
+        assert limited(250, *arguments, "--", "true").status == 2
+        done = limited(250, *arguments, "--discard")
+        assert (done.status, done.err) == (0, ""), done
+        assert one.snapshot().without_directory_times() == before
+
+
 def test_kept_files_are_not_held(tmp_path: Path) -> None:
     """Their names are enough, so there may be more of them than descriptors."""
     images = many_files().write(tmp_path)
