@@ -4,12 +4,17 @@ CRIU writes the mounts of a namespace in reverse order of mountinfo, so children
 their parents; the tree is built by ids, and siblings keep the order in which the dumping kernel
 listed them. The root is the mount at "/" whose parent is not in the image (or is itself): a
 mount may be stacked over "/", so the mount point alone does not tell.
+
+A namespace of 100,000 mounts has files open on a few. Unless it is rebuilt, only these matter, and
+what shares a mount point with one of them: the records of the others are parsed, the tree that they
+make is checked, and that is all.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Container, Mapping
 from typing import Any, Final
 
 from ghostpool import _linux
@@ -18,6 +23,7 @@ from ghostpool._imagefile import ImageDirectory
 from ghostpool._limits import TEXT_LIMIT, beyond
 from ghostpool._model import ImageMount, MntId, NsId
 from ghostpool._paths import is_image_path
+from ghostpool._schema import message_class
 
 _PROPAGATION: Final = _linux.MS_UNBINDABLE | _linux.MS_PRIVATE | _linux.MS_SLAVE | _linux.MS_SHARED
 _MS_SYNCHRONOUS: Final = 16
@@ -50,31 +56,74 @@ _FSTYPES: Final = {
 _TEXTS: Final = ("root", "source", "options", "fsname", "ext_key")
 
 
-def read_mounts(source: ImageDirectory, namespace: NsId, *, task: int) -> tuple[ImageMount, ...]:
-    """The mounts of one namespace, which `task` (a pid) lives in; parents before children."""
+def read_mounts(
+    source: ImageDirectory,
+    namespace: NsId,
+    homes: dict[MntId, NsId],
+    used: Container[MntId | None] | None = None,
+    *,
+    task: int,
+) -> tuple[ImageMount, ...]:
+    """The mounts of one namespace, which `task` (a pid) lives in; parents before children.
+
+    With `used`, the root, those that are in it, and all on their mount points, in the same order.
+    `homes` are the namespaces of all mounts that were read, and those of this one go into it.
+    """
     name = f"mountpoints-{namespace}.img"
-    mounts: dict[MntId, ImageMount] = {}
-    numbers: dict[MntId, int] = {}
+    made: dict[MntId, ImageMount] = {}
+    others: dict[MntId, bytes] = {}
+    parents: dict[MntId, MntId] = {}
+    points: dict[MntId, bytes] = {}
     for number, entry in enumerate(source.records(name, "mountpoints")):
-        mount = _mount(name, number, namespace, entry)
-        if mount.id in mounts:
-            raise ImageError(name, number, f"repeats mnt_id {mount.id}")
-        mounts[mount.id] = mount
-        numbers[mount.id] = number
-    if not mounts:
+        ident, point = entry.mnt_id, entry.mountpoint
+        _check(name, number, entry, point)
+        if used is None or ident in used:
+            made[ident] = _mount(name, number, namespace, entry)
+        else:
+            others[ident] = entry.SerializeToString()  # a fifth of what the message takes
+        if ident in parents:
+            raise ImageError(name, number, f"repeats mnt_id {ident}")
+        parents[ident] = entry.parent_mnt_id
+        points[ident] = point
+    if not parents:
         state = "holds no mount" if name in source.names else "is missing"
         raise ImageError(name, None, f"{state}, but task {task} lives in that mount namespace")
-    return _in_order(name, mounts, numbers)
+    ordered = _in_order(name, parents, points)
+    _settle(name, namespace, parents, homes)
+    if others:
+        parse = message_class("mnt_entry").FromString
+        numbers = {ident: number for number, ident in enumerate(parents)}
+        shared = {mount.mountpoint for mount in made.values()}
+        ordered = [i for i in ordered if i in made or i == ordered[0] or points[i] in shared]
+        for ident in ordered:
+            if ident in others:
+                made[ident] = _mount(name, numbers[ident], namespace, parse(others[ident]))
+    return tuple([made[ident] for ident in ordered])
 
 
-def _mount(name: str, number: int, namespace: NsId, entry: Any) -> ImageMount:
+def _settle(
+    name: str, namespace: NsId, mounts: Mapping[MntId, object], homes: dict[MntId, NsId]
+) -> None:
+    """Note where these mounts are; no other namespace has them."""
+    if not homes.keys().isdisjoint(mounts):
+        ident = next(ident for ident in mounts if ident in homes)
+        problem = f"repeats mnt_id {ident} of mountpoints-{homes[ident]}.img"
+        raise ImageError(name, None, problem)
+    homes.update(dict.fromkeys(mounts, namespace))
+
+
+def _check(name: str, number: int, entry: Any, point: bytes) -> None:
+    """What holds for every mount."""
     if not entry.HasField("sb_flags"):
         raise UnsupportedError(
             f"{name}, record {number}: no superblock flags: images of a CRIU older than 1.8 "
             "are not supported"
         )
-    if not is_image_path(entry.mountpoint):
-        raise ImageError(name, number, f"{entry.mountpoint!r} is no mount point")
+    if not is_image_path(point):
+        raise ImageError(name, number, f"{point!r} is no mount point")
+
+
+def _mount(name: str, number: int, namespace: NsId, entry: Any) -> ImageMount:
     for field in _TEXTS:
         value = getattr(entry, field)
         if len(value) > TEXT_LIMIT:
@@ -117,47 +166,44 @@ def _text(value: bytes) -> str:
     return value.decode("utf-8", "surrogateescape")
 
 
-def _in_order(
-    name: str, mounts: dict[MntId, ImageMount], numbers: dict[MntId, int]
-) -> tuple[ImageMount, ...]:
-    root: ImageMount | None = None
-    for mount in reversed(mounts.values()):
-        if mount.parent in mounts and mount.parent != mount.id:
+def _in_order(name: str, parents: dict[MntId, MntId], points: Mapping[MntId, bytes]) -> list[MntId]:
+    """The mounts of a tree, parents first; `parents` are in the order of the image."""
+
+    def wrong(ident: MntId, problem: str) -> ImageError:
+        return ImageError(name, list(parents).index(ident), problem)
+
+    root: MntId | None = None
+    for ident, parent in reversed(parents.items()):
+        if parent in parents and parent != ident:
             continue
-        number = numbers[mount.id]
-        if mount.mountpoint != b"/":
-            raise ImageError(
-                name,
-                number,
-                f"mount {mount.id} at {mount.mountpoint!r} has parent {mount.parent}, "
+        if points[ident] != b"/":
+            raise wrong(
+                ident,
+                f"mount {ident} at {points[ident]!r} has parent {parent}, "
                 "which the image does not hold: is it cut?",
             )
         if root is not None:
-            raise ImageError(name, number, f"mounts {root.id} and {mount.id} are both the root")
-        root = mount
+            raise wrong(ident, f"mounts {root} and {ident} are both the root")
+        root = ident
     if root is None:
         raise ImageError(name, None, 'no mount is the root "/": is it cut?')
     # In the kernel's order as long as that has parents first; a child that was listed before
     # its parent (a moved mount) waits for it.
-    ordered: list[ImageMount] = []
-    placed: set[MntId] = set()
-    waiting: dict[MntId, list[ImageMount]] = {}
-    for mount in reversed(mounts.values()):
-        if mount is not root and mount.parent not in placed:
-            waiting.setdefault(mount.parent, []).append(mount)
+    ordered: dict[MntId, None] = {}
+    waiting: dict[MntId, list[MntId]] = {}
+    for ident, parent in reversed(parents.items()):
+        if parent not in ordered and ident != root:
+            waiting.setdefault(parent, []).append(ident)
             continue
-        ready = deque([mount])
+        ordered[ident] = None
+        ready = deque(waiting.pop(ident, ()))
         while ready:
             now = ready.popleft()
-            ordered.append(now)
-            placed.add(now.id)
-            ready.extend(waiting.pop(now.id, ()))
+            ordered[now] = None
+            ready.extend(waiting.pop(now, ()))
     for left in waiting.values():
-        stuck = left[0]
-        raise ImageError(
-            name, numbers[stuck.id], f"mount {stuck.id} is among its own ancestors or below them"
-        )
-    return tuple(ordered)
+        raise wrong(left[0], f"mount {left[0]} is among its own ancestors or below them")
+    return list(ordered)
 
 
 __all__ = ["read_mounts"]

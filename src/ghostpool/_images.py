@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
@@ -81,21 +81,29 @@ def read_source(
     source: ImageSource,
     limits: Limits | None = None,
     told: Callable[[str, Iterable[Any]], None] | None = None,
+    *,
+    all_mounts: bool = True,
 ) -> Images:
     """The same for images that need not be in a directory; `path` names them in messages.
+
+    Without `all_mounts` there are no more mounts than it takes to find those that files were opened
+    on in a live namespace; the images of all are read and checked.
 
     `told` is called with what is known while the rest is being read, and takes all of it: "head"
     (the root namespace, and whether there is an own user namespace), then "mounts", "files",
     "remaps", "tasks" and "ghosts", which are read as it takes them.
     """
-    return _read(ImageDirectory(path, source, limits or Limits()), told or _told_nobody)
+    directory = ImageDirectory(path, source, limits or Limits())
+    return _read(directory, told or _told_nobody, all_mounts)
 
 
 def _told_nobody(_: str, values: Iterable[Any]) -> None:
     deque(values, maxlen=0)
 
 
-def _read(source: ImageDirectory, told: Callable[[str, Iterable[Any]], None]) -> Images:
+def _read(
+    source: ImageDirectory, told: Callable[[str, Iterable[Any]], None], all_mounts: bool
+) -> Images:
     inventory = _inventory(source)
     living = _living_tasks(source)
     root = living[0]
@@ -103,7 +111,8 @@ def _read(source: ImageDirectory, told: Callable[[str, Iterable[Any]], None]) ->
     for task in living:
         _check_namespace(task, root, own_mounts)
     files = read_files(source)
-    mounts = _mounts(source, living) if own_mounts else {}
+    used = None if all_mounts else {reg.mnt_id for reg in files.regs.values()}
+    mounts = _mounts(source, living, used) if own_mounts else {}
     _check_mount_ids(files, mounts)
     own_user_namespace = root.ids.user_ns_id != inventory.user_ns_id
     told("head", (root.ids.mnt_ns_id if own_mounts else HOST_NS, own_user_namespace))
@@ -228,22 +237,15 @@ def _check_namespace(task: _Living, root: _Living, own_mounts: bool) -> None:
         )
 
 
-def _mounts(source: ImageDirectory, living: list[_Living]) -> dict[NsId, tuple[ImageMount, ...]]:
+def _mounts(
+    source: ImageDirectory, living: list[_Living], used: Container[MntId | None] | None
+) -> dict[NsId, tuple[ImageMount, ...]]:
     mounts: dict[NsId, tuple[ImageMount, ...]] = {}
     homes: dict[MntId, NsId] = {}
     for task in living:
         namespace = NsId(task.ids.mnt_ns_id)
-        if namespace in mounts:
-            continue
-        mounts[namespace] = read_mounts(source, namespace, task=task.pid)
-        for mount in mounts[namespace]:
-            home = homes.setdefault(mount.id, namespace)
-            if home != namespace:
-                raise ImageError(
-                    f"mountpoints-{namespace}.img",
-                    None,
-                    f"repeats mnt_id {mount.id} of mountpoints-{home}.img",
-                )
+        if namespace not in mounts:
+            mounts[namespace] = read_mounts(source, namespace, homes, used, task=task.pid)
     return mounts
 
 

@@ -200,7 +200,9 @@ class Images(NamedTuple):
     remaps: tuple[Remap, ...]
     ghosts: dict[GhostId, Ghost]
     mounts: dict[NsId, tuple[ImageMount, ...]]
-    """Parents before children; empty where the dump had no mount namespace of its own."""
+    """Parents before children; empty where the dump had no mount namespace of its own. Where none
+    is to be rebuilt, only the roots, the mounts that files were opened on, and all on the mount
+    points of these."""
     root_namespace: NsId
     own_user_namespace: bool
     """Ids in the images are those inside a dumped user namespace."""

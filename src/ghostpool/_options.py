@@ -141,8 +141,9 @@ def begin_reading(options: dict[str, Any]) -> Any:
     """
     from ghostpool._startreader import start_reading
 
+    rebuilt = options["tree"] is None and not options["namespaces"]
     try:
-        return start_reading(options["images_dir"], options["max_size"])
+        return start_reading(options["images_dir"], options["max_size"], all_mounts=rebuilt)
     except PlanError as error:
         return error
 

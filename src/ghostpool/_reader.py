@@ -1,9 +1,10 @@
 """The reader: a process that may do nothing but read images, and tell what is in them.
 
 It is started first of all, as the fork server is, and has the parser loaded when the first request
-comes: a directory, by descriptor, and how large a ghost may be. It gives up everything else (see
-_confine), reads, and answers in frames of JSON. Whoever takes the parser over by a malformed image
-has a process that can say untrue things to a coordinator that believes none of them.
+comes: a directory, by descriptor, how large a ghost may be, and whether all mounts matter. It gives
+up everything else (see _confine), reads, and answers in frames of JSON. Whoever takes the parser
+over by a malformed image has a process that can say untrue things to a coordinator that believes
+none of them.
 
 It may not be able to open an image that belongs to somebody else, since what lets root do that is
 a capability; then it asks, and gets the descriptor of that one image.
@@ -128,12 +129,13 @@ class AskingSource(DirectorySource):
 
 def read(said: Said) -> None:
     """Serve one request."""
-    (path, size), fds = said.hear()
+    (path, size, all_mounts), fds = said.hear()
     confined = _confine.confine(fds[0])
     said.say("confined", list(confined))
     source = AskingSource(fds[0], said)
     telling = Telling(said.say)
-    telling.finish(read_source(path, source, Limits(size=size), telling))
+    images = read_source(path, source, Limits(size=size), telling, all_mounts=all_mounts)
+    telling.finish(images)
 
 
 def answer(said: Said, work: Callable[[Said], None]) -> None:

@@ -113,7 +113,9 @@ class _Conversation:
         self._socket.setblocking(False)
         self._buffer = bytearray()
         self._total = 0
-        self._rebuild = Rebuild(reading.path, Limits(size=reading.size))
+        self._rebuild = Rebuild(
+            reading.path, Limits(size=reading.size), all_mounts=reading.all_mounts
+        )
 
     async def images(self) -> Images:
         """Listen until the last frame."""

@@ -142,11 +142,13 @@ class Rebuild:
 
     `directory` names the images in messages. `add` takes frames in any number; after the last
     one `images` has the result. Both raise ImageError for whatever is not as it has to be.
+    Without `all_mounts` a mount needs no parent; whatever refers to one still needs the mount.
     """
 
-    def __init__(self, directory: str, limits: Limits) -> None:
+    def __init__(self, directory: str, limits: Limits, *, all_mounts: bool = True) -> None:
         self._directory = directory
         self._tally = Tally(limits)
+        self._all_mounts = all_mounts
         self._at = -1
         self._root_namespace = HOST_NS
         self._own_user_namespace = False
@@ -260,7 +262,7 @@ class Rebuild:
             if mount.id in self._points or not is_image_path(mount.mountpoint):
                 raise Nonsense(f"mount {mount.id} comes twice or is nowhere")
             if table:
-                if self._homes.get(mount.parent) != mount.namespace:
+                if self._all_mounts and self._homes.get(mount.parent) != mount.namespace:
                     raise Nonsense(f"mount {mount.id} comes before its parent")
             elif mount.mountpoint != b"/":
                 raise Nonsense(f"the first mount of namespace {mount.namespace} is no root")

@@ -276,7 +276,9 @@ async def prepared(
         pinned = pin(named)
         targets = distinct(pinned.values())
         stack.callback(_close, targets)
-        reading = request.reading or start_reading(request.images_dir, request.max_size)
+        reading = request.reading or start_reading(
+            request.images_dir, request.max_size, all_mounts=not named
+        )
         stack.callback(os.close, reading.directory)
         memory = _memory_bound(request, server)
         pool = await stack.enter_async_context(

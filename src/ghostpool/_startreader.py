@@ -31,9 +31,11 @@ class Reading(NamedTuple):
     """Largest apparent size of a ghost."""
     pidfd: int
     """Of the reader, whose pid may be another one's as soon as somebody has reaped it."""
+    all_mounts: bool = True
+    """False: only those that files were opened on, and what finding them again takes."""
 
 
-def start_reading(path: str, size: int) -> Reading:
+def start_reading(path: str, size: int, *, all_mounts: bool = True) -> Reading:
     """Have the images in the directory `path` read. PlanError: there is no such directory.
 
     A fresh interpreter in isolated mode, with an empty environment, and with no descriptor besides
@@ -50,7 +52,7 @@ def start_reading(path: str, size: int) -> Reading:
         ) from error
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
-        request = json.dumps([path, size]).encode()
+        request = json.dumps([path, size, all_mounts]).encode()
         ours.sendmsg(
             [len(request).to_bytes(4, "little"), request],
             [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, directory.to_bytes(4, sys.byteorder))],
@@ -62,7 +64,7 @@ def start_reading(path: str, size: int) -> Reading:
         raise
     finally:
         theirs.close()
-    return Reading(pid, ours.detach(), directory, path, size, os.pidfd_open(pid))
+    return Reading(pid, ours.detach(), directory, path, size, os.pidfd_open(pid), all_mounts)
 
 
 def _spawn(socket: int) -> int:
