@@ -129,6 +129,12 @@ def check(images: Mapping[str, bytes]) -> str:
     for frame in frames:
         rebuild.add(frame)
     assert rebuild.images() == found, "the way through rows changed the images"
+    few = read_source("images", MemorySource(images), all_mounts=False)
+    rebuild = Rebuild("images", Limits(), all_mounts=False)
+    for frame in rows_of(few):
+        rebuild.add(frame)
+    assert rebuild.images() == few, "the way through rows changed the images, with few mounts"
+    assert few._replace(mounts=found.mounts) == found, "few mounts changed the rest of the images"
     return ""
 
 

@@ -26,6 +26,7 @@ from ghostpool._errors import ImageError, PlanError, UnsupportedError
 from ghostpool._images import read_images
 from ghostpool._limits import Limits
 from ghostpool._model import Images
+from ghostpool._options import begin_reading
 from ghostpool._reading import read_apart
 from ghostpool._startreader import Reading, start_reading
 from tests.support.corpus import CASES, CORPUS
@@ -55,6 +56,21 @@ def finish(reading: Reading) -> Images:
 def test_it_finds_what_a_reader_in_this_process_finds(case: str) -> None:
     images = CORPUS / case / "images"
     assert read(images) == read_images(images)
+
+
+@pytest.mark.parametrize(("tree", "namespaces"), [(None, ()), (1, ()), (None, ((10, "1"),))])
+def test_all_mounts_are_told_where_a_namespace_is_to_be_rebuilt(
+    tree: int | None, namespaces: tuple[tuple[int, str], ...]
+) -> None:
+    directory = CORPUS / "06-nested-mntns" / "images"
+    options = {"images_dir": str(directory), "max_size": SIZE}
+    reading = begin_reading({**options, "tree": tree, "namespaces": namespaces})
+    images = finish(reading)
+    every = read_images(directory)
+    assert images._replace(mounts=every.mounts) == every
+    rebuilt = tree is None and not namespaces
+    assert (images == every) == rebuilt
+    assert reading.all_mounts == rebuilt
 
 
 def test_errors_arrive_as_they_were(tmp_path: Path) -> None:

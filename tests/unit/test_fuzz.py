@@ -75,8 +75,8 @@ def test_reading_singly_is_no_other_way(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_mistake_is_found_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that lets another exception through is caught, with the input that did it."""
 
-    def faulty(*arguments: Any) -> Images:
-        images = read_source(*arguments)
+    def faulty(*arguments: Any, **options: Any) -> Images:
+        images = read_source(*arguments, **options)
         if len(images.ghosts) % 2:
             raise KeyError("mistake")
         return images

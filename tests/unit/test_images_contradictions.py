@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from ghostpool._errors import ImageError, UnsupportedError
-from ghostpool._images import read_images
+from ghostpool._images import read_images, read_source
 from tests.support.imagewriter import (
     LINKED,
     REG,
@@ -21,6 +22,7 @@ from tests.support.imagewriter import (
     small,
 )
 from tests.support.imagewriter import Images as Records
+from tests.support.memory import MemorySource, load
 
 Change = Callable[[ImageSet], Records | None]
 
@@ -355,8 +357,10 @@ def test_contradictions(name: str, tmp_path: Path) -> None:
     made = small()
     images = change(made)
     made.write(tmp_path, images)
-    with pytest.raises(ImageError, match="^" + expected):
+    with pytest.raises(ImageError, match="^" + expected) as caught:
         read_images(tmp_path)
+    with pytest.raises(ImageError, match="^" + re.escape(str(caught.value)) + "$"):
+        read_source(str(tmp_path), MemorySource(load(tmp_path)), all_mounts=False)
 
 
 UNSUPPORTED: dict[str, tuple[Change, str]] = {
