@@ -82,7 +82,7 @@ def _ghost(
     atime = _microseconds(name, entry, "atim")
     mtime = _microseconds(name, entry, "mtim")
     owner = entry.uid, entry.gid
-    return _make_ghost((ghost, name, mode, *owner, atime, mtime, size, extents, rdev, target))
+    return _make_ghost((ghost, mode, *owner, atime, mtime, size, extents, rdev, target))
 
 
 def _logical_size(name: str, entry: Any) -> int:

@@ -142,7 +142,7 @@ def _file(file: RegFile) -> Rows:
 
 
 def _ghost(ghost: Ghost) -> Rows:
-    ident, _, mode, uid, gid, atime, mtime, size, extents, rdev, target = ghost
+    ident, mode, uid, gid, atime, mtime, size, extents, rdev, target = ghost
     link = None if target is None else _plain(target)
     flat = _flat(extents[:BATCH])
     return [ident, mode, uid, gid, atime, mtime, size, flat, rdev, link]

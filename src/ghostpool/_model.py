@@ -16,6 +16,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NewType, TypeVar
 
+from ghostpool._paths import ghost_file_name
+
 MntId = NewType("MntId", int)
 """A mnt_id of the dumping kernel, as the images use it; never one of the live kernel."""
 NsId = NewType("NsId", int)
@@ -77,8 +79,6 @@ class Ghost(NamedTuple):
     """One ghost_file_entry and where its content lies in its image."""
 
     id: GhostId
-    file: str
-    """Name of the image inside its directory."""
     mode: int
     """Full st_mode."""
     uid: int
@@ -97,6 +97,11 @@ class Ghost(NamedTuple):
     """Device number of a device, as os.makedev gives it."""
     target: bytes | None = None
     """What a symbolic link points to."""
+
+    @property
+    def file(self) -> str:
+        """Name of the image inside its directory."""
+        return ghost_file_name(self.id)
 
 
 class RegFile(NamedTuple):

@@ -133,6 +133,11 @@ def _check_kind(ident: int, mode: int, size: int, flat: Any, rdev: Any, target: 
         raise Nonsense(f"ghost {ident} of mode {mode:#o} is a device, or is none")
 
 
+def _shared(column: Sequence[Any], seen: dict[int, int]) -> Sequence[Any]:
+    """The same with one object for each number: the parser makes a new one every time."""
+    return [*map(seen.setdefault, column, column)]
+
+
 def _made(kind: type[_T], *columns: Iterable[Any]) -> Iterator[_T]:
     return map(maker(kind), zip(*columns, strict=True))
 
@@ -155,6 +160,8 @@ class Rebuild:
         self._mounts: dict[NsId, list[ImageMount]] = {}
         self._points: dict[MntId, bytes] = {}
         self._homes: dict[MntId, NsId] = {}
+        self._ids: dict[int, int] = {}
+        """The one object of each number that names or counts something."""
         self._files: dict[RegId, RegFile] = {}
         self._remaps: dict[RegId, Remap] = {}
         self._awaited: set[int] = set()
@@ -288,8 +295,11 @@ class Rebuild:
                 raise Nonsense(f"{path[:80]!r} is no absolute, normal path of a file")
             if mnt_id is not None and mnt_id not in self._points:
                 _known(mnt_id, self._points, "mount")
-        files = _made(RegFile, ids, flags, positions, paths, mnt_ids, sizes, modes, external)
-        self._files.update(zip(ids, files, strict=True))
+        own = _shared(ids, self._ids)
+        values = [_shared(column, {}) for column in (flags, positions)]
+        more = [_shared(column, {}) for column in (mnt_ids, sizes, modes)]
+        files = _made(RegFile, own, *values, paths, *more, external)
+        self._files.update(zip(own, files, strict=True))
 
     @staticmethod
     def _new(ids: tuple[Any, ...], known: Mapping[Any, Any], what: str) -> None:
@@ -308,7 +318,8 @@ class Rebuild:
         _numbers(records)
         _all_known(origins, self._files, "file")
         _numbers(targets)
-        for record, origin, kind, target in zip(records, origins, kinds, targets, strict=True):
+        own = [_shared(column, self._ids) for column in (records, origins, targets)]
+        for record, origin, target, kind in zip(*own, kinds, strict=True):
             if origin in self._remaps or type(kind) is not str or kind not in _REMAP_KINDS:
                 raise Nonsense(f"a remap of file id {origin} that can not be")
             if kind == "ghost":
@@ -337,9 +348,8 @@ class Rebuild:
         _all_known(files, self._files, "file")
         _bools(close_on_exec)
         _bools(fifo)
-        for table, row in zip(
-            tables, _made(Descriptor, numbers, files, close_on_exec, fifo), strict=True
-        ):
+        own = [_shared(column, self._ids) for column in (numbers, files)]
+        for table, row in zip(tables, _made(Descriptor, *own, close_on_exec, fifo), strict=True):
             found = self._tables.get(table)
             if found is None:
                 found = self._tables[table] = {}
@@ -380,18 +390,22 @@ class Rebuild:
         _numbers(sizes, _U63)
         _numbers(_some(rdevs))
         links = [None if target is None else _bytes(target, TARGET_MAX) for target in targets]
-        files = [ghost_file_name(ident) for ident in ids]
         extents = []
-        for ident, file, mode, size, flat, rdev, target in zip(
-            ids, files, modes, sizes, flats, rdevs, targets, strict=True
+        alike: dict[Extent, tuple[Extent, ...]] = {}
+        for ident, mode, size, flat, rdev, target in zip(
+            ids, modes, sizes, flats, rdevs, targets, strict=True
         ):
             if mode & _IFMT != _IFREG or rdev is not None or target is not None:
                 _check_kind(ident, mode, size, flat, rdev, target)
+            file = ghost_file_name(ident)
             self._tally.size(file, size)
-            extents.append(self._extents(file, 0, size, flat))
-        owners = (uids, gids, atimes, mtimes)
-        ghosts = _made(Ghost, ids, files, modes, *owners, sizes, extents, rdevs, links)
-        self._ghosts.update(zip(ids, ghosts, strict=True))
+            found = self._extents(file, 0, size, flat)
+            # Most have one, which is all of the file and at the same place of the image.
+            extents.append(alike.setdefault(found[0], found) if len(found) == 1 else found)
+        own = _shared(ids, self._ids)
+        values = [_shared(column, {}) for column in (modes, uids, gids, atimes, mtimes, sizes)]
+        ghosts = _made(Ghost, own, *values, extents, rdevs, links)
+        self._ghosts.update(zip(own, ghosts, strict=True))
         self._awaited.difference_update(ids)
 
     def _extents(self, file: str, covered: int, size: int, flat: Any) -> tuple[Extent, ...]:

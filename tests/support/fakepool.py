@@ -47,7 +47,7 @@ def planned(
         reg_id = RegId(pid * 100_000 + number)
         descriptors.append(Descriptor(number, reg_id, bool(number % 2)))
         file = RegFile(reg_id, flags, None, b"gone", None, None, mode)
-        ghost = Ghost(GhostId(reg_id), "ghost", mode, 0, 0, None, None, 0, ())
+        ghost = Ghost(GhostId(reg_id), mode, 0, 0, None, None, 0, ())
         nowhere = cast("PlannedMount", None), cast("Site", None)
         opening = Opening(file, ghost, *nowhere, flags, fifo=stat.S_ISFIFO(mode))
         opens.append(PlannedOpen(opening, MountHandle(0), b"", (b"gone",), 0, (0, 0)))
