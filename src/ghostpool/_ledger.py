@@ -35,11 +35,13 @@ BATCH_S = 60.0
 class _Temporary:
     planned: PlannedGhost
     slot: int
-    created: Created | None = None
+    device: int | None = None
+    """Number of its file system, and `inode` that of the file, since it has been created."""
+    inode: int = 0
     placed: Placed | None = None
     placing: bool = False
     moved: bool = False
-    """It has become the old name of its only open, and is gone with that."""
+    """It has become the old name of its only open, which is kept."""
 
 
 class Ledger:
@@ -54,6 +56,8 @@ class Ledger:
         self._temporaries: dict[int, _Temporary] = {}
         self._links: dict[int, tuple[PlannedOpen, int]] = {}
         self._serial = 0
+        self._devices: dict[int, int] = {}
+        """One object for each number: every answer brings a new one."""
         self._hung: set[int] = set()
         """Superblocks that a worker was lost on: nobody else is sent there, and what was made
         there stays owed."""
@@ -89,7 +93,9 @@ class Ledger:
 
     def created(self, planned: PlannedGhost, result: Created) -> None:
         """The ghost is there, with this identity."""
-        self._temporaries[planned.ghost.id].created = result
+        temporary = self._temporaries[planned.ghost.id]
+        temporary.device = self._devices.setdefault(result.device, result.device)
+        temporary.inode = result.inode
 
     async def placing(self, planned: PlannedGhost) -> None:
         """A request to move this directory to its old name is about to be sent."""
@@ -110,10 +116,10 @@ class Ledger:
 
     def result(self, ghost_id: int) -> Created:
         """What creating it gave."""
-        result = self._temporaries[ghost_id].created
-        if result is None:
+        temporary = self._temporaries[ghost_id]
+        if temporary.device is None:
             raise RuntimeError(f"ghost {ghost_id:x} has not been created")
-        return result
+        return Created(temporary.device, temporary.inode)
 
     def linking(self, opens: Sequence[PlannedOpen], slot: int) -> list[Owed]:
         """A request that gives ghosts their old names for a moment is to be sent, after `owe`.
@@ -127,7 +133,7 @@ class Ledger:
             opening = planned.opening
             self._links[opening.file.id] = planned, slot
             alone = opening.file.id if planned.missing else None
-            place = (opening.mount.handle, opening.site.directory, alone)
+            place = (opening.mount.handle, opening.directory, alone)
             groups.setdefault(place, []).append(planned)
         return [self._owed_links(some) for some in groups.values()]
 
@@ -147,7 +153,7 @@ class Ledger:
             target,
             mount.service,
             anchor=_anchor_of(first),
-            directory=first.opening.site.directory,
+            directory=first.opening.directory,
             files=[
                 (name, *self.result(planned.opening.ghost.id))
                 for planned in opens
@@ -168,10 +174,12 @@ class Ledger:
         `moved`: for each, whether its temporary became the old name.
         """
         for planned, was_moved in zip(opens, moved, strict=True):
-            if was_moved:
-                self._temporaries[planned.opening.ghost.id].moved = True
             if not keep:
                 self._links.pop(planned.opening.file.id, None)
+                if was_moved:
+                    self._temporaries.pop(planned.opening.ghost.id, None)
+            elif was_moved:
+                self._temporaries[planned.opening.ghost.id].moved = True
         if not keep:
             self._guard.settle_later(keys)
 
@@ -371,7 +379,7 @@ class Ledger:
         """The old name may be there, and parents that were missing; through the service side."""
         mount = planned.opening.mount
         device, inode = self.result(planned.opening.ghost.id)
-        directory = planned.opening.site.directory
+        directory = planned.opening.directory
         parents = tuple(directory.split(b"/")[-planned.missing :]) if planned.missing else ()
         last = planned.names[-1]
         return [
@@ -400,14 +408,13 @@ def _owed(temporary: _Temporary) -> Owed:
 
 
 def _anchor_of(planned: PlannedOpen) -> Anchor:
-    components = planned.opening.site.directory.split(b"/")
+    components = planned.opening.directory.split(b"/")
     existing = components[: len(components) - planned.missing]
     return Anchor(b"/".join(existing), *planned.group)
 
 
 def _temporary_ops(temporary: _Temporary) -> Iterable[RemoveOp]:
-    planned, created = temporary.planned, temporary.created
-    device, inode = created or (0, 0)
+    planned, device, inode = temporary.planned, temporary.device or 0, temporary.inode
     if temporary.placed is None:
         yield RemoveOp(
             mount=planned.mount.service,

@@ -20,7 +20,7 @@ from ghostpool._followers import Events
 from ghostpool._guard import Key
 from ghostpool._ledger import Ledger
 from ghostpool._mend import left_behind
-from ghostpool._model import MountHandle, RegId
+from ghostpool._model import GhostId, MountHandle, RegId
 from ghostpool._paths import join, relative_to, text
 from ghostpool._planned import Files, Plan, PlannedGhost, PlannedOpen
 from ghostpool._pool import WorkerPool
@@ -46,6 +46,15 @@ class _Opening:
         self.error: BaseException | None = None
 
 
+def _opened_often(plan: Plan) -> set[GhostId]:
+    """Ghosts that are opened more than once."""
+    opens = plan.opens
+    if len(opens) == len(plan.ghosts):  # each is opened: nothing need be counted
+        return set()
+    opened = Counter(planned.opening.ghost.id for planned in opens)
+    return {ghost for ghost, count in opened.items() if count > 1}
+
+
 class Opener:
     """Opens the files of one plan."""
 
@@ -69,8 +78,7 @@ class Opener:
         self._events = events
         self._keep = keep
         self._files = files
-        opened = Counter(planned.opening.ghost.id for planned in plan.opens)
-        self._shared = {ghost for ghost, count in opened.items() if count > 1}
+        self._shared = _opened_often(plan)
         self._places: dict[tuple[object, ...], tuple[bytes, bytes]] = {}
         self._preparing = anyio.Lock()
         self._begun: dict[RegId, _Opening] = {}
@@ -179,7 +187,7 @@ class Opener:
         opening = planned.opening
         ghost = opening.ghost
         placed = self._plan.ghosts[ghost.id]
-        live_directory, names = opening.site.directory, planned.names
+        live_directory, names = opening.directory, planned.names
         temp_directory, temp_name, link_directory = b"", b"", b""
         if placed.final:
             # Directories have their name already, and it is found inside the file system.
@@ -211,18 +219,18 @@ class Opener:
 
     def _seen_from_link(self, planned: PlannedOpen, placed: PlannedGhost) -> tuple[bytes, bytes]:
         """Directories of the temporary and of the old name, as the mount of the link has them."""
-        site = planned.opening.site
+        opening = planned.opening
         key = (
             placed.mount.handle,
             placed.directory,
             planned.link,
-            site.mount.mnt_id,
-            site.directory,
+            opening.mount.handle,
+            opening.directory,
         )
         if key not in self._places:
             self._places[key] = (
                 relative_to(placed.place, planned.link_root),
-                relative_to(site.path, planned.link_root),
+                relative_to(join(opening.mount.root, opening.directory), planned.link_root),
             )
         return self._places[key]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ghostpool._admission import (
@@ -47,6 +47,7 @@ from ghostpool._mountinfo import LiveMount
 from ghostpool._needs import Counts
 from ghostpool._paths import is_below, join, relative_to, text
 from ghostpool._planned import (
+    ALTERNATIVE,
     Files,
     Opening,
     Plan,
@@ -58,15 +59,13 @@ from ghostpool._planned import (
     Privileged,
     Refusal,
     opened_once,
+    usual_names,
 )
 from ghostpool._protocol import Look
 
 _make_opening = maker(Opening)
 _make_open = maker(PlannedOpen)
 _make_ghost = maker(PlannedGhost)
-ALTERNATIVE = b".cr_link"
-"""What CRIU appends to an old name that something else has taken."""
-_NAME_MAX = 255
 
 
 class _Spot(NamedTuple):
@@ -98,13 +97,15 @@ class Planner:
         self._images = images
         self._namespaces = namespaces
         self._policy = policy
-        self._token = token
+        self._prefix = b".ghostpool-%s-" % token
         self._matcher = Matcher(images, namespaces)
         self._handles: dict[tuple[int, int], PlannedMount] = {}
         self._found: dict[tuple[int, int, int, int], tuple[PlannedMount, int]] = {}
         self._openings: dict[RegId, Opening] = {}
-        self._by_ghost: dict[GhostId, list[Opening]] = {}
-        self._wanted: dict[tuple[MountHandle, bytes], dict[bytes, int]] = {}
+        self._first: dict[GhostId, Opening] = {}
+        self._more: dict[GhostId, list[Opening]] = {}
+        """All but the first of the ghosts that are opened more than once."""
+        self._wanted: dict[tuple[MountHandle, bytes], list[Opening]] = {}
         self._spots: dict[tuple[MountHandle, bytes], _Spot] = {}
         self._used: dict[tuple[int, bytes, bytes], GhostId] = {}
         self._collect()
@@ -119,7 +120,7 @@ class Planner:
     @property
     def looks(self) -> dict[tuple[MountHandle, bytes], tuple[bytes, ...]]:
         """Directories to look at (mount, path inside it), with the names wanted in each."""
-        return {key: tuple(names) for key, names in self._wanted.items()}
+        return {key: _names_of(openings) for key, openings in self._wanted.items()}
 
     def refuse(self, subject: str, error: GhostpoolError) -> None:
         """Note why something can not be restored."""
@@ -144,17 +145,16 @@ class Planner:
             except GhostpoolError as error:
                 self.refuse(f"{text(file.name)} (file id {file.id})", error)
         self._list_privileged()
-        remapped = {remap.origin for remap in self._images.remaps if remap.kind != "procfs"}
-        for task in self._images.tasks:
-            for holder in task.holders:
-                if holder.reg_id in remapped:
-                    self.refuse(
-                        text(self._images.files[holder.reg_id].name),
-                        UnsupportedError(
-                            f"held by task {task.pid} as {holder.key}, which can not be "
-                            "restored yet"
-                        ),
-                    )
+        holders = [(task, holder) for task in self._images.tasks for holder in task.holders]
+        remapped = {r.origin for r in self._images.remaps if r.kind != "procfs"} if holders else ()
+        for task, holder in holders:
+            if holder.reg_id in remapped:
+                self.refuse(
+                    text(self._images.files[holder.reg_id].name),
+                    UnsupportedError(
+                        f"held by task {task.pid} as {holder.key}, which can not be restored yet"
+                    ),
+                )
         self._plan.warnings += [
             f"{text(name)}: a bound UNIX socket whose name is gone is not restored yet"
             for name in self._images.deleted_sockets
@@ -201,18 +201,16 @@ class Planner:
             self._plan.warnings.append(
                 f"{text(file.name)}: {pending} bytes that waited in the fifo are not restored yet"
             )
-        opening = _make_opening((file, ghost, mount, site, flags, held[file.id]))
-        self._openings[file.id] = opening
         key = mount.handle, site.directory
-        names = self._wanted.get(key)
-        if names is None:
-            names = self._wanted[key] = {}
-        names.setdefault(site.name, len(names))
-        openings = self._by_ghost.get(ghost.id)
-        if openings is None:
-            self._by_ghost[ghost.id] = [opening]
-        else:
-            openings.append(opening)
+        there = self._wanted.get(key)
+        if there is None:
+            there = self._wanted[key] = []
+        directory = there[0].directory if there else site.directory
+        opening = _make_opening((file, ghost, mount, directory, flags, held[file.id]))
+        there.append(opening)
+        self._openings[file.id] = opening
+        if self._first.setdefault(ghost.id, opening) is not opening:
+            self._more.setdefault(ghost.id, []).append(opening)
 
     def _admitted(self, file: RegFile, ghost: Ghost, site: Site) -> tuple[PlannedMount, int]:
         """The mount of a site and the flags to open a file there with, checked once per mount."""
@@ -237,8 +235,9 @@ class Planner:
 
     def add_bases(self) -> None:
         """Add the mounts that lend a clone where a ghost's opens share no directory."""
-        for openings in self._by_ghost.values():
-            if len(openings) > 1 and self._common_root(openings) is None:
+        for ghost_id, more in self._more.items():
+            openings = [self._first[ghost_id], *more]
+            if self._common_root(openings) is None:
                 base = self._find_base(openings)
                 if base is not None:
                     self._planned(*base)
@@ -265,18 +264,23 @@ class Planner:
             return len(self._openings)
         if files == "kept":
             return 0
-        return sum(len(some) for some in self._by_ghost.values() if not opened_once(some))
+        return sum(len(some) for some in self._by_ghost() if not opened_once(some))
+
+    def _by_ghost(self) -> Iterator[list[Opening]]:
+        for ghost_id, first in self._first.items():
+            yield [first, *self._more.get(ghost_id, ())]
 
     # -- step two -------------------------------------------------------------------------------
 
     def finish(self, looks: Mapping[tuple[MountHandle, bytes], Look]) -> Plan:
         """The plan, given what stands at the old names."""
-        for ghost_id, openings in self._by_ghost.items():
+        for openings in self._by_ghost():
             try:
-                self._place(ghost_id, openings, looks)
+                self._place(openings, looks)
             except GhostpoolError as error:
                 names = ", ".join(sorted({text(o.file.name) for o in openings}))
                 self.refuse(names, error)
+        self._first.clear()
         if not self._plan.refusals:
             self._assign(looks)
             self._note_strategies()
@@ -294,29 +298,29 @@ class Planner:
 
     def _spot(self, opening: Opening, looks: Mapping[tuple[MountHandle, bytes], Look]) -> _Spot:
         """What was seen at an opening's directory; worked out once for all names there."""
-        site = opening.site
-        key = opening.mount.handle, site.directory
+        mount, directory = opening.mount, opening.directory
+        key = mount.handle, directory
         spot = self._spots.get(key)
         if spot is not None:
             return spot
         look = looks[key]
         if look.errno:
-            where = join(site.mount.mountpoint, site.directory)
+            where = join(mount.mount.mountpoint, directory)
             if look.errno == errno.EXDEV:
                 raise Overmounted(f"{text(where)} is hidden by another mount")
             if look.errno == errno.ELOOP:
                 raise PlanError(f"{text(where)} leads through a symbolic link now")
             raise PlanError(f"{text(where)}: {os.strerror(look.errno)}")
-        components = site.directory.split(b"/") if site.directory else []
+        components = directory.split(b"/") if directory else []
         existing = b"/".join(components[: look.existing])
         spot = _Spot(
             existing=existing,
             missing=tuple(components[look.existing :]),
-            place=join(opening.mount.root, existing),
+            place=join(mount.root, existing),
             group=(look.device, look.inode),
             taken=dict(
                 zip(
-                    self._wanted[key],
+                    _names_of(self._wanted[key]),
                     zip(look.taken, look.taken_alternative, strict=True),
                     strict=True,
                 )
@@ -327,22 +331,23 @@ class Planner:
         self._spots[key] = spot
         return spot
 
-    def _names(self, opening: Opening, spot: _Spot) -> tuple[bytes, ...]:
-        """The old name, and what to use instead if something has it."""
-        name = opening.site.name
+    def _names(self, opening: Opening, spot: _Spot) -> tuple[bytes, ...] | None:
+        """The names to open by, if they are not the usual ones, since something has the first."""
+        if not spot.taken and not self._policy.keep:
+            return None
+        name = opening.name
         taken, taken_alternative = spot.taken.get(name, (False, False))
         alternative = name + ALTERNATIVE
-        fits = len(alternative) <= _NAME_MAX
         if self._policy.keep:
             # Kept names collide among themselves, too.
             own = opening.ghost.id
-            key = (opening.mount.mount.device, opening.site.path)
+            key = (opening.mount.mount.device, join(opening.mount.root, opening.directory))
             taken |= self._used.get((*key, name), own) != own
             taken_alternative |= self._used.get((*key, alternative), own) != own
             self._used[(*key, alternative if taken else name)] = own
         if not taken:
-            return (name, alternative) if fits else (name,)
-        if taken_alternative or not fits:
+            return None
+        if taken_alternative or alternative not in usual_names(name):
             raise PlanError("its name is taken by a living file, and so is the name beside it")
         self._plan.warnings.append(
             f"{text(opening.file.name)}: the name is taken by a living file, which is not "
@@ -373,7 +378,6 @@ class Planner:
 
     def _place(
         self,
-        ghost_id: GhostId,
         openings: list[Opening],
         looks: Mapping[tuple[MountHandle, bytes], Look],
     ) -> None:
@@ -392,11 +396,10 @@ class Planner:
         final: tuple[bytes, ...] = ()
         parents: tuple[bytes, ...] = ()
         if stat.S_ISDIR(first.ghost.mode):
-            final = self._names(first, spot)
+            final = self._names(first, spot) or usual_names(first.name)
             parents = spot.missing
-        name = b".ghostpool-%s-%x" % (self._token, ghost_id)
-        self._plan.ghosts[ghost_id] = _make_ghost(
-            (first.ghost, mount, directory, name, parents, final, spot.group)
+        self._plan.ghosts[first.ghost.id] = _make_ghost(
+            (first.ghost, mount, directory, self._prefix, parents, final, spot.group)
         )
 
     def _first_place(
@@ -424,13 +427,11 @@ class Planner:
 
     def _assign(self, looks: Mapping[tuple[MountHandle, bytes], Look]) -> None:
         """Give each open to one task: the lowest pid that holds it, as CRIU chooses the master."""
-        done: set[RegId] = set()
         for task in sorted(self._images.tasks, key=lambda task: task.pid):
             opens: list[PlannedOpen] = []
             for descriptor in task.descriptors:
-                opening = self._openings.get(descriptor.reg_id)
-                if opening is not None and opening.file.id not in done:
-                    done.add(opening.file.id)
+                opening = self._openings.pop(descriptor.reg_id, None)
+                if opening is not None:
                     try:
                         opens.append(self._plan_open(opening, looks))
                     except GhostpoolError as error:
@@ -449,5 +450,10 @@ class Planner:
             link, link_root = mount.service if detached else mount.handle, mount.root
         else:
             link, link_root = placed.mount.service, placed.mount.root
-        names = placed.final or self._names(opening, spot)
-        return _make_open((opening, link, link_root, names, len(spot.missing), spot.group))
+        given = placed.final or self._names(opening, spot)
+        return _make_open((opening, link, link_root, given, len(spot.missing), spot.group))
+
+
+def _names_of(openings: list[Opening]) -> tuple[bytes, ...]:
+    """The different old names of one directory."""
+    return tuple(dict.fromkeys(opening.name for opening in openings))

@@ -30,6 +30,11 @@ Files = Literal["held", "kept", "discarded"]
 stays by name, for nobody in particular; or it was only to be opened."""
 
 
+ALTERNATIVE = b".cr_link"
+"""What CRIU appends to an old name that something else has taken."""
+_NAME_MAX = 255
+
+
 class Policy(NamedTuple):
     """What the operator allows and wants."""
 
@@ -85,10 +90,21 @@ class Opening(NamedTuple):
     file: RegFile
     ghost: Ghost
     mount: PlannedMount
-    site: Site
+    directory: bytes
+    """Of the old name, relative to the mount's root."""
     flags: int
     """Of open(2)."""
     fifo: bool
+
+    @property
+    def name(self) -> bytes:
+        """The old name in `directory`."""
+        return self.file.name.rpartition(b"/")[2]
+
+    @property
+    def site(self) -> Site:
+        """Where that is, seen from the live mount."""
+        return Site(self.mount.namespace, self.mount.mount, self.directory, self.name)
 
 
 class PlannedGhost(NamedTuple):
@@ -98,12 +114,18 @@ class PlannedGhost(NamedTuple):
     mount: PlannedMount
     directory: bytes
     """Existing, relative to the mount's root."""
-    name: bytes
+    prefix: bytes
+    """What all temporary names of the run begin with."""
     parents: tuple[bytes, ...]
     final: tuple[bytes, ...]
     """A directory ghost only: the old name, to which it is moved at once."""
     group: tuple[int, int]
     """Identity of `directory`: all work in one directory is one worker's."""
+
+    @property
+    def name(self) -> bytes:
+        """The temporary one."""
+        return b"%s%x" % (self.prefix, self.ghost.id)
 
     @property
     def place(self) -> bytes:
@@ -136,11 +158,23 @@ class PlannedOpen(NamedTuple):
     """Mount through which the old name is made: the task's own (leased), or a service clone."""
     link_root: bytes
     """Root of that mount inside the file system."""
-    names: tuple[bytes, ...]
+    given: tuple[bytes, ...] | None
+    """The names it may be opened by, if they are not the usual ones."""
     missing: int
     """How many components of the directory are missing now."""
     group: tuple[int, int]
     """Identity of the directory that it happens in: all work there is one worker's."""
+
+    @property
+    def names(self) -> tuple[bytes, ...]:
+        """The names it may be opened by, the first of them that nothing else has by then."""
+        return usual_names(self.opening.name) if self.given is None else self.given
+
+
+def usual_names(name: bytes) -> tuple[bytes, ...]:
+    """The old name, and what to use instead if something has it."""
+    alternative = name + ALTERNATIVE
+    return (name, alternative) if len(alternative) <= _NAME_MAX else (name,)
 
 
 def opened_once(openings: Sequence[Opening]) -> bool:

@@ -25,10 +25,10 @@ from ghostpool._guard import Guard
 from ghostpool._lease import LeaseStatistics, MountLeases
 from ghostpool._ledger import Ledger
 from ghostpool._mend import mend_command, recover_command
-from ghostpool._model import MountHandle, Pid
+from ghostpool._model import MountHandle, Pid, RegId
 from ghostpool._mountkernel import PoolMounts
 from ghostpool._openfiles import Opener
-from ghostpool._planned import Files, Plan, PlannedTask
+from ghostpool._planned import Files, Plan, PlannedOpen, PlannedTask
 from ghostpool._pool import WorkerPool
 from ghostpool._restored import Restored
 from ghostpool._slots import assign_slots
@@ -81,7 +81,8 @@ class Restoration:
         self._opener = Opener(
             plan, pool, self._ledger, slots, self.restored, events, keep=keep, files=files
         )
-        self._by_file = {planned.opening.file.id: planned for planned in plan.opens}
+        self._by_file: dict[RegId, PlannedOpen] | None = None
+        """Where each file is opened, once a task asks for what it has in common with others."""
         self._entered: set[int] = set()
         self._inside: dict[int, AsyncExitStack] = {}
         """The leases of the tasks that have not left their blocks."""
@@ -195,6 +196,8 @@ class Restoration:
         pid = planned.task.pid
         self.barrier.check()
         opens = {planned_open.opening.file.id: planned_open for planned_open in planned.opens}
+        if self._by_file is None:
+            self._by_file = {one.opening.file.id: one for one in self.plan.opens}
         for descriptor in planned.task.descriptors:
             shared = self._by_file.get(descriptor.reg_id)
             if shared is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from ghostpool._errors import PlanError
 from ghostpool._model import Extent, Ghost
+from ghostpool._paths import join
 from ghostpool._planned import Plan, PlannedGhost, PlannedMount, PlannedOpen
 from ghostpool._protocol import Room
 
@@ -117,7 +118,7 @@ def _parents(
         if not one.missing:
             continue
         if keep:
-            components = one.opening.site.path.split(b"/")
+            components = join(one.opening.mount.root, one.opening.directory).split(b"/")
             stay |= {b"/".join(components[: len(components) - n]) for n in range(one.missing)}
         else:
             deepest[one.group] = max(deepest.get(one.group, 0), one.missing)

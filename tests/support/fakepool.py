@@ -17,7 +17,6 @@ from typing import Any, cast
 import anyio
 
 from ghostpool._barrier import TaskBarrier
-from ghostpool._match import Site
 from ghostpool._model import (
     Descriptor,
     Ghost,
@@ -48,7 +47,7 @@ def planned(
         descriptors.append(Descriptor(number, reg_id, bool(number % 2)))
         file = RegFile(reg_id, flags, None, b"gone", None, None, mode)
         ghost = Ghost(GhostId(reg_id), mode, 0, 0, None, None, 0, ())
-        nowhere = cast("PlannedMount", None), cast("Site", None)
+        nowhere = cast("PlannedMount", None), b""
         opening = Opening(file, ghost, *nowhere, flags, fifo=stat.S_ISFIFO(mode))
         opens.append(PlannedOpen(opening, MountHandle(0), b"", (b"gone",), 0, (0, 0)))
     task = Task(Pid(pid), Pid(0), NsId(10), tuple(descriptors))
