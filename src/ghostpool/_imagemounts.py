@@ -75,15 +75,17 @@ def read_mounts(
     parents: dict[MntId, MntId] = {}
     points: dict[MntId, bytes] = {}
     for number, entry in enumerate(source.records(name, "mountpoints")):
-        ident, point = entry.mnt_id, entry.mountpoint
+        ident, parent, point = entry.mnt_id, entry.parent_mnt_id, entry.mountpoint
         _check(name, number, entry, point)
         if used is None or ident in used:
-            made[ident] = _mount(name, number, namespace, entry)
+            mount = _mount(name, number, namespace, entry)
+            ident, parent, point = mount.id, mount.parent, mount.mountpoint  # not twice in memory
+            made[ident] = mount
         else:
             others[ident] = entry.SerializeToString()  # a fifth of what the message takes
         if ident in parents:
             raise ImageError(name, number, f"repeats mnt_id {ident}")
-        parents[ident] = entry.parent_mnt_id
+        parents[ident] = parent
         points[ident] = point
     if not parents:
         state = "holds no mount" if name in source.names else "is missing"
