@@ -39,7 +39,13 @@ async def in_slots(
             group.start_soon(work, slot, own)
 
 
+def new_room() -> anyio.Semaphore:
+    """Room of a slot for what is under way to it or prepared for it: two pieces and the next."""
+    return anyio.Semaphore(3)
+
+
 async def one_ahead(
+    room: anyio.Semaphore,
     pieces: Iterable[_T],
     prepare: Callable[[_T], Awaitable[_M]],
     carry_out: Callable[[_T, _M, Callable[[], object]], Awaitable[None]],
@@ -48,9 +54,9 @@ async def one_ahead(
 
     A worker that has done one has the next already, and what is to come goes into the journal
     while it is busy. `carry_out` calls its last argument when the worker has what it needs:
-    nothing is prepared before. The first failure ends everything.
+    nothing is prepared before. `room` is that of all who have work for the slot, so that what a
+    hundred tasks prepare does not add up. The first failure ends everything.
     """
-    room = anyio.Semaphore(2)
 
     async def do(piece: _T, made: _M, under_way: anyio.Event) -> None:
         try:
@@ -61,8 +67,12 @@ async def one_ahead(
 
     async with anyio.create_task_group() as group:
         for piece in pieces:
-            made = await prepare(piece)
             await room.acquire()
+            try:
+                made = await prepare(piece)
+            except BaseException:
+                room.release()
+                raise
             under_way = anyio.Event()
             group.start_soon(do, piece, made, under_way)
             await under_way.wait()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ghostpool._batches import batches, failed, in_slots, one_ahead
+from ghostpool._batches import batches, failed, in_slots, new_room, one_ahead
 from ghostpool._followers import Events
 from ghostpool._ledger import Ledger
 from ghostpool._paths import text
@@ -55,6 +55,7 @@ class Creator:
         await self._pool.call(slot, "forget_directories")
         ghosts.sort(key=lambda planned: planned.mount.namespace.target.index)
         await one_ahead(
+            new_room(),
             batches(ghosts, _BATCH, content_of, _BYTES),
             partial(self._prepare, slot),
             partial(self._create_batch, slot),

@@ -14,7 +14,7 @@ from typing import Final
 
 import anyio
 
-from ghostpool._batches import batches, failed, in_slots, one_ahead
+from ghostpool._batches import batches, failed, in_slots, new_room, one_ahead
 from ghostpool._errors import BarrierBroken
 from ghostpool._followers import Events
 from ghostpool._guard import Key
@@ -80,7 +80,7 @@ class Opener:
         self._files = files
         self._shared = _opened_often(plan)
         self._places: dict[tuple[object, ...], tuple[bytes, bytes]] = {}
-        self._preparing = anyio.Lock()
+        self._rooms = {slot: new_room() for slot in set(slots.values())}
         self._begun: dict[RegId, _Opening] = {}
 
     def not_begun(self, opens: Iterable[PlannedOpen]) -> list[PlannedOpen]:
@@ -120,6 +120,7 @@ class Opener:
     async def _open_in_slot(self, task: int, slot: int, opens: list[PlannedOpen]) -> None:
         opens.sort(key=lambda planned: planned.opening.mount.namespace.target.index)
         await one_ahead(
+            self._rooms[slot],
             batches(opens, _BATCH_HELD if self._files == "held" else _BATCH),
             partial(self._prepare, slot),
             partial(self._open_batch, task, slot),
@@ -128,10 +129,8 @@ class Opener:
     async def _prepare(
         self, slot: int, opens: Sequence[PlannedOpen]
     ) -> tuple[list[OpenOp], list[Key]]:
-        # Many tasks begin at the same moment: the event loop is not to be kept by all at once.
-        async with self._preparing:
-            debts = self._ledger.linking(opens, slot)
-            operations = [self._open_op(planned) for planned in opens]
+        debts = self._ledger.linking(opens, slot)
+        operations = [self._open_op(planned) for planned in opens]
         await self._ledger.owe(debts)
         return operations, [debt.key for debt in debts]
 
