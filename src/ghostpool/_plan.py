@@ -49,6 +49,9 @@ from ghostpool._paths import is_below, join, relative_to, text
 from ghostpool._planned import (
     ALTERNATIVE,
     Files,
+    LinkedBy,
+    MadeAt,
+    OpenedAt,
     Opening,
     Plan,
     PlannedGhost,
@@ -66,6 +69,9 @@ from ghostpool._protocol import Look
 _make_opening = maker(Opening)
 _make_open = maker(PlannedOpen)
 _make_ghost = maker(PlannedGhost)
+_make_opened_at = maker(OpenedAt)
+_make_made_at = maker(MadeAt)
+_make_linked_by = maker(LinkedBy)
 
 
 class _Spot(NamedTuple):
@@ -106,6 +112,9 @@ class Planner:
         self._more: dict[GhostId, list[Opening]] = {}
         """All but the first of the ghosts that are opened more than once."""
         self._wanted: dict[tuple[MountHandle, bytes], list[Opening]] = {}
+        self._opened_at: dict[OpenedAt, OpenedAt] = {}
+        self._made_at: dict[MadeAt, MadeAt] = {}
+        self._linked_by: dict[LinkedBy, LinkedBy] = {}
         self._spots: dict[tuple[MountHandle, bytes], _Spot] = {}
         self._used: dict[tuple[int, bytes, bytes], GhostId] = {}
         self._collect()
@@ -201,12 +210,12 @@ class Planner:
             self._plan.warnings.append(
                 f"{text(file.name)}: {pending} bytes that waited in the fifo are not restored yet"
             )
+        at = _make_opened_at((mount, site.directory, flags, held[file.id]))
+        opening = _make_opening((file, ghost, self._opened_at.setdefault(at, at)))
         key = mount.handle, site.directory
         there = self._wanted.get(key)
         if there is None:
             there = self._wanted[key] = []
-        directory = there[0].directory if there else site.directory
-        opening = _make_opening((file, ghost, mount, directory, flags, held[file.id]))
         there.append(opening)
         self._openings[file.id] = opening
         if self._first.setdefault(ghost.id, opening) is not opening:
@@ -398,9 +407,9 @@ class Planner:
         if stat.S_ISDIR(first.ghost.mode):
             final = self._names(first, spot) or usual_names(first.name)
             parents = spot.missing
-        self._plan.ghosts[first.ghost.id] = _make_ghost(
-            (first.ghost, mount, directory, self._prefix, parents, final, spot.group)
-        )
+        at = _make_made_at((mount, directory, self._prefix, parents, spot.group))
+        at = self._made_at.setdefault(at, at)
+        self._plan.ghosts[first.ghost.id] = _make_ghost((first.ghost, at, final))
 
     def _first_place(
         self, openings: Sequence[Opening], looks: Mapping[tuple[MountHandle, bytes], Look]
@@ -451,7 +460,8 @@ class Planner:
         else:
             link, link_root = placed.mount.service, placed.mount.root
         given = placed.final or self._names(opening, spot)
-        return _make_open((opening, link, link_root, given, len(spot.missing), spot.group))
+        by = _make_linked_by((link, link_root, len(spot.missing), spot.group))
+        return _make_open((opening, self._linked_by.setdefault(by, by), given))
 
 
 def _names_of(openings: list[Opening]) -> tuple[bytes, ...]:

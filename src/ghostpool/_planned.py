@@ -84,17 +84,41 @@ class PlannedMount:
         return f"{text(self.mount.mountpoint)} in {self.namespace.target.label}"
 
 
+class OpenedAt(NamedTuple):
+    """Where a reg file lives now and how it is opened: held once for all that are alike."""
+
+    mount: PlannedMount
+    directory: bytes
+    flags: int
+    fifo: bool
+
+
 class Opening(NamedTuple):
     """One open of a ghost: a reg file of the images and where it lives now."""
 
     file: RegFile
     ghost: Ghost
-    mount: PlannedMount
-    directory: bytes
-    """Of the old name, relative to the mount's root."""
-    flags: int
-    """Of open(2)."""
-    fifo: bool
+    at: OpenedAt
+
+    @property
+    def mount(self) -> PlannedMount:
+        """The live mount."""
+        return self.at.mount
+
+    @property
+    def directory(self) -> bytes:
+        """Of the old name, relative to the mount's root."""
+        return self.at.directory
+
+    @property
+    def flags(self) -> int:
+        """Of open(2)."""
+        return self.at.flags
+
+    @property
+    def fifo(self) -> bool:
+        """It was opened as a fifo."""
+        return self.at.fifo
 
     @property
     def name(self) -> bytes:
@@ -107,25 +131,49 @@ class Opening(NamedTuple):
         return Site(self.mount.namespace, self.mount.mount, self.directory, self.name)
 
 
+class MadeAt(NamedTuple):
+    """Where ghosts are made: held once for all that are alike."""
+
+    mount: PlannedMount
+    directory: bytes
+    prefix: bytes
+    """What all temporary names of the run begin with."""
+    parents: tuple[bytes, ...]
+    group: tuple[int, int]
+
+
 class PlannedGhost(NamedTuple):
     """Where a ghost is made, and under which name it waits for its opens."""
 
     ghost: Ghost
-    mount: PlannedMount
-    directory: bytes
-    """Existing, relative to the mount's root."""
-    prefix: bytes
-    """What all temporary names of the run begin with."""
-    parents: tuple[bytes, ...]
+    at: MadeAt
     final: tuple[bytes, ...]
     """A directory ghost only: the old name, to which it is moved at once."""
-    group: tuple[int, int]
-    """Identity of `directory`: all work in one directory is one worker's."""
+
+    @property
+    def mount(self) -> PlannedMount:
+        """The live mount, by whose service side it is made."""
+        return self.at.mount
+
+    @property
+    def directory(self) -> bytes:
+        """Existing, relative to the mount's root."""
+        return self.at.directory
+
+    @property
+    def parents(self) -> tuple[bytes, ...]:
+        """A directory ghost only: what is missing between `directory` and the old name."""
+        return self.at.parents
+
+    @property
+    def group(self) -> tuple[int, int]:
+        """Identity of `directory`: all work in one directory is one worker's."""
+        return self.at.group
 
     @property
     def name(self) -> bytes:
         """The temporary one."""
-        return b"%s%x" % (self.prefix, self.ghost.id)
+        return b"%s%x" % (self.at.prefix, self.ghost.id)
 
     @property
     def place(self) -> bytes:
@@ -150,20 +198,42 @@ class PlannedGhost(NamedTuple):
         return self.ghost.atime * 1000, self.ghost.mtime * 1000
 
 
+class LinkedBy(NamedTuple):
+    """How old names are made: held once for all that are alike."""
+
+    link: MountHandle
+    root: bytes
+    missing: int
+    group: tuple[int, int]
+
+
 class PlannedOpen(NamedTuple):
     """How one open is done."""
 
     opening: Opening
-    link: MountHandle
-    """Mount through which the old name is made: the task's own (leased), or a service clone."""
-    link_root: bytes
-    """Root of that mount inside the file system."""
-    given: tuple[bytes, ...] | None
+    by: LinkedBy
+    given: tuple[bytes, ...] | None = None
     """The names it may be opened by, if they are not the usual ones."""
-    missing: int
-    """How many components of the directory are missing now."""
-    group: tuple[int, int]
-    """Identity of the directory that it happens in: all work there is one worker's."""
+
+    @property
+    def link(self) -> MountHandle:
+        """Mount through which the old name is made: the task's own (leased), or a service clone."""
+        return self.by.link
+
+    @property
+    def link_root(self) -> bytes:
+        """Root of that mount inside the file system."""
+        return self.by.root
+
+    @property
+    def missing(self) -> int:
+        """How many components of the directory are missing now."""
+        return self.by.missing
+
+    @property
+    def group(self) -> tuple[int, int]:
+        """Identity of the directory that it happens in: all work there is one worker's."""
+        return self.by.group
 
     @property
     def names(self) -> tuple[bytes, ...]:

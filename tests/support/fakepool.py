@@ -29,7 +29,15 @@ from ghostpool._model import (
     RegId,
     Task,
 )
-from ghostpool._planned import Opening, Plan, PlannedMount, PlannedOpen, PlannedTask
+from ghostpool._planned import (
+    LinkedBy,
+    OpenedAt,
+    Opening,
+    Plan,
+    PlannedMount,
+    PlannedOpen,
+    PlannedTask,
+)
 from ghostpool._protocol import take_rights
 
 FLAGS = os.O_RDWR | os.O_APPEND
@@ -47,9 +55,9 @@ def planned(
         descriptors.append(Descriptor(number, reg_id, bool(number % 2)))
         file = RegFile(reg_id, flags, None, b"gone", None, None, mode)
         ghost = Ghost(GhostId(reg_id), mode, 0, 0, None, None, 0, ())
-        nowhere = cast("PlannedMount", None), b""
-        opening = Opening(file, ghost, *nowhere, flags, fifo=stat.S_ISFIFO(mode))
-        opens.append(PlannedOpen(opening, MountHandle(0), b"", (b"gone",), 0, (0, 0)))
+        at = OpenedAt(cast("PlannedMount", None), b"", flags, fifo=stat.S_ISFIFO(mode))
+        by = LinkedBy(MountHandle(0), b"", 0, (0, 0))
+        opens.append(PlannedOpen(Opening(file, ghost, at), by))
     task = Task(Pid(pid), Pid(0), NsId(10), tuple(descriptors))
     return PlannedTask(task, tuple(opens), ())
 
