@@ -227,14 +227,14 @@ def test_faults_of_a_real_run(suite: Suite) -> None:
         SPECS
         + """
 def test_error(targets, ghostpool_faults, images):
-    fault = ghostpool_faults.fail("open", "linkat", errno.EIO)
+    fault = ghostpool_faults.fail("open", "renameat2", errno.EIO)
     assert not bring_back(images, targets.pids)
     assert fault.count == 1
     assert bring_back(images, targets.pids)
     assert fault.count == 1
 
 def test_errors_after_some(targets, ghostpool_faults, images):
-    fault = ghostpool_faults.fail("open", "linkat", errno.EIO, after=1, times=2)
+    fault = ghostpool_faults.fail("open", "renameat2", errno.EIO, after=1, times=2)
     assert bring_back(images, targets.pids)
     assert fault.count == 0
     assert not bring_back(images, targets.pids)
@@ -250,7 +250,7 @@ def test_errors_for_ever(targets, ghostpool_faults, images):
 
 def test_deaths(targets, ghostpool_faults, images):
     for victim in ("worker", "guardian", "forkserver"):
-        fault = ghostpool_faults.kill("open", "linkat", victim)
+        fault = ghostpool_faults.kill("open", "renameat2", victim)
         done = bring_back(images, targets.pids)
         # A run that is about to end well needs no guardian any more. Workers die with the fork
         # server, but one may be faster with its last answer.
@@ -266,7 +266,7 @@ def test_hang(targets, ghostpool_faults, images):
 def test_steps(targets, ghostpool_faults, images):
     assert bring_back(images, targets.pids)
     first = ghostpool_faults.steps
-    assert {("create", "pwrite"), ("open", "linkat"), ("owe", "fdatasync")} <= {
+    assert {("create", "pwrite"), ("open", "renameat2"), ("owe", "fdatasync")} <= {
         step[:2] for step in first
     }
     assert len(set(first)) == len(first)
@@ -282,18 +282,18 @@ def test_a_fault_that_never_happens_is_an_error(suite: Suite) -> None:
         SPECS
         + """
 def test_it(targets, ghostpool_faults, images):
-    ghostpool_faults.fail("open", "link", errno.EIO)
+    ghostpool_faults.fail("open", "linkat", errno.EIO)
     assert bring_back(images, targets.pids)
 
 def test_without_a_run(ghostpool_faults):
-    ghostpool_faults.kill("open", "linkat")
+    ghostpool_faults.kill("open", "renameat2")
 """
     )
     result.assert_outcomes(passed=2, errors=2)
     text = result.stdout.str()
-    assert "[<Fault open link fails with EIO, happened 0 times>] did not happen; the steps" in text
-    assert re.search(r"the steps were: .*, open linkat, ", text)
-    assert "[<Fault open linkat kills the worker, happened 0 times>] did not happen" in text
+    assert "[<Fault open linkat fails with EIO, happened 0 times>] did not happen; the steps" in text
+    assert re.search(r"the steps were: .*, open renameat2, ", text)
+    assert "[<Fault open renameat2 kills the worker, happened 0 times>] did not happen" in text
     assert "the steps were: none" in text
 
 
@@ -308,7 +308,7 @@ from ghostpool.testing import injected_faults
 
 def test_it(targets, images):
     with injected_faults() as faults:
-        fault = faults.fail("open", "linkat", errno.EIO, times=None)
+        fault = faults.fail("open", "renameat2", errno.EIO, times=None)
         command = [sys.executable, "-m", "ghostpool", "restore", "-D", images, "--discard"]
         subprocess.run([*command, "-t", str(targets[10].pid)], check=True)
         assert fault.count == 0
@@ -316,8 +316,8 @@ def test_it(targets, images):
         with pytest.raises(RuntimeError, match="already"), injected_faults():
             pass
     assert fault.count == 1
-    assert repr(fault) == "<Fault open linkat fails with EIO, happened 1 times>"
-    assert ("open", "linkat") in [step[:2] for step in faults.steps]
+    assert repr(fault) == "<Fault open renameat2 fails with EIO, happened 1 times>"
+    assert ("open", "renameat2") in [step[:2] for step in faults.steps]
     assert bring_back(images, targets.pids)
     assert fault.count == 1
 """
