@@ -11,7 +11,7 @@ file names are, and absolute image paths start with b"/" at the root of their mo
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NewType, TypeVar
@@ -159,7 +159,7 @@ class Task(NamedTuple):
     pid: Pid
     parent: Pid
     namespace: NsId
-    descriptors: tuple[Descriptor, ...]
+    descriptors: Sequence[Descriptor]
     """Those that lead to reg files, by number; sockets, pipes and the rest are left out."""
     holders: tuple[Holder, ...] = ()
 
@@ -202,7 +202,7 @@ class Images(NamedTuple):
     """As the user named it, for messages."""
     tasks: tuple[Task, ...]
     files: dict[RegId, RegFile]
-    remaps: tuple[Remap, ...]
+    remaps: Sequence[Remap]
     ghosts: dict[GhostId, Ghost]
     mounts: dict[NsId, tuple[ImageMount, ...]]
     """Parents before children; empty where the dump had no mount namespace of its own. Where none

@@ -136,10 +136,11 @@ class Planner:
         self._plan.refusals.append(Refusal(subject, error))
 
     def _collect(self) -> None:
+        files = self._images.files
         held: dict[RegId, bool] = {}  # and whether as a fifo
         for task in self._images.tasks:
             for descriptor in task.descriptors:
-                held.setdefault(descriptor.reg_id, descriptor.fifo)
+                held.setdefault(files[descriptor.reg_id].id, descriptor.fifo)
         if self._images.own_user_namespace:
             self.refuse(
                 self._images.directory,

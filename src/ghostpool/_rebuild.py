@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import re
 import stat
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, pairwise
+from operator import lt
 from typing import Any, Final, Literal, TypeVar
 
+from ghostpool._columns import Columns, numbers
 from ghostpool._errors import ImageError
 from ghostpool._imagerows import BATCH, KINDS, Rows
 from ghostpool._limits import TEXT_LIMIT, Limits, Tally
@@ -45,6 +49,8 @@ _REMAP_KINDS: Final[dict[str, Literal["ghost", "linked", "procfs"]]] = {
 }
 _make_extent: Final = maker(Extent)
 _make_remap: Final = maker(Remap)
+_make_descriptor: Final = maker(Descriptor)
+_Table = tuple["array[int]", "array[int]", list[bool], list[bool]]
 _KEY: Final = re.compile(r"exe|cwd|root|map:[0-9a-f]{1,16}-[0-9a-f]{1,16}", re.ASCII)
 _IFMT: Final = 0o170000
 _IFREG: Final = stat.S_IFREG
@@ -138,6 +144,24 @@ def _shared(column: Sequence[Any], seen: dict[int, int]) -> Sequence[Any]:
     return [*map(seen.setdefault, column, column)]
 
 
+def _by_number(table: _Table) -> Columns[Descriptor]:
+    """The descriptors of a table in their order, no two of which have one number."""
+    own = table[0]
+    if not all(map(lt, own, islice(own, 1, None))):
+        order = sorted(range(len(own)), key=own.__getitem__)
+        for one, next_one in pairwise(order):
+            if own[one] == own[next_one]:
+                raise Nonsense(f"descriptor {own[one]} comes twice")
+        _, regs, close_on_exec, fifo = table
+        table = (
+            array("I", [own[at] for at in order]),
+            array("I", [regs[at] for at in order]),
+            [close_on_exec[at] for at in order],
+            [fifo[at] for at in order],
+        )
+    return Columns(_make_descriptor, table)
+
+
 def _made(kind: type[_T], *columns: Iterable[Any]) -> Iterator[_T]:
     return map(maker(kind), zip(*columns, strict=True))
 
@@ -163,12 +187,16 @@ class Rebuild:
         self._ids: dict[int, int] = {}
         """The one object of each number that names or counts something."""
         self._files: dict[RegId, RegFile] = {}
-        self._remaps: dict[RegId, Remap] = {}
+        self._remapped: set[int] = set()
+        self._remap_records = numbers()
+        self._remap_origins = numbers()
+        self._remap_kinds: list[str] = []
+        self._remap_targets = numbers()
         self._awaited: set[int] = set()
         """Ghosts that remaps lead to, and that have not been told of."""
         self._ghosts: dict[GhostId, Ghost] = {}
         self._further: dict[GhostId, list[Extent]] = {}
-        self._tables: dict[int, dict[int, Descriptor]] = {}
+        self._tables: dict[int, _Table] = {}
         self._tasks: dict[Pid, tuple[Pid, NsId, int]] = {}
         self._holders: dict[Pid, list[Holder]] = {}
         self._fifos: dict[RegId, int] = {}
@@ -211,10 +239,7 @@ class Rebuild:
     def _images(self) -> Images:
         if not self._tasks:
             raise Nonsense("no task")
-        tables = {
-            number: tuple(table[descriptor] for descriptor in sorted(table))
-            for number, table in self._tables.items()
-        }
+        tables = {number: _by_number(table) for number, table in self._tables.items()}
         tasks = tuple(
             Task(pid, parent, namespace, tables.get(table, ()), tuple(self._holders.get(pid, ())))
             for pid, (parent, namespace, table) in self._tasks.items()
@@ -225,7 +250,15 @@ class Rebuild:
             directory=self._directory,
             tasks=tasks,
             files=self._files,
-            remaps=tuple(self._remaps.values()),
+            remaps=Columns(
+                _make_remap,
+                (
+                    self._remap_records,
+                    self._remap_origins,
+                    self._remap_kinds,
+                    self._remap_targets,
+                ),
+            ),
             ghosts=self._ghosts,
             mounts={namespace: tuple(table) for namespace, table in self._mounts.items()},
             root_namespace=self._root_namespace,
@@ -318,9 +351,9 @@ class Rebuild:
         _numbers(records)
         _all_known(origins, self._files, "file")
         _numbers(targets)
-        own = [_shared(column, self._ids) for column in (records, origins, targets)]
-        for record, origin, target, kind in zip(*own, kinds, strict=True):
-            if origin in self._remaps or type(kind) is not str or kind not in _REMAP_KINDS:
+        own = [_shared(column, self._ids) for column in (origins, targets)]
+        for origin, target, kind in zip(*own, kinds, strict=True):
+            if origin in self._remapped or type(kind) is not str or kind not in _REMAP_KINDS:
                 raise Nonsense(f"a remap of file id {origin} that can not be")
             if kind == "ghost":
                 self._awaited.add(target)
@@ -328,7 +361,11 @@ class Rebuild:
                 _known(target, self._files, "file")
             if kind != "procfs":
                 self._check_remapped(self._files[origin])
-            self._remaps[origin] = _make_remap((record, origin, _REMAP_KINDS[kind], target))
+            self._remapped.add(origin)
+        self._remap_records.extend(records)
+        self._remap_origins.extend(origins)
+        self._remap_kinds += map(_REMAP_KINDS.__getitem__, kinds)
+        self._remap_targets.extend(targets)
 
     def _check_remapped(self, file: RegFile) -> None:
         if file.external or file.flags > _U31 or (file.position or 0) > _U63:
@@ -342,20 +379,22 @@ class Rebuild:
 
     def _add_descriptors(self, rows: Rows) -> None:
         self._count("fdinfo", len(rows))
-        tables, numbers, files, close_on_exec, fifo = _columns(rows, 5)
+        tables, own, files, close_on_exec, fifo = _columns(rows, 5)
         _numbers(tables)
-        _numbers(numbers, _U31)
+        _numbers(own, _U31)
         _all_known(files, self._files, "file")
         _bools(close_on_exec)
         _bools(fifo)
-        own = [_shared(column, self._ids) for column in (numbers, files)]
-        for table, row in zip(tables, _made(Descriptor, *own, close_on_exec, fifo), strict=True):
+        for table, number, file, closing, as_fifo in zip(
+            tables, own, files, close_on_exec, fifo, strict=True
+        ):
             found = self._tables.get(table)
             if found is None:
-                found = self._tables[table] = {}
-            if row.number in found:
-                raise Nonsense(f"descriptor {row.number} comes twice")
-            found[row.number] = row
+                found = self._tables[table] = numbers(), numbers(), [], []
+            found[0].append(number)
+            found[1].append(file)
+            found[2].append(closing)
+            found[3].append(as_fifo)
 
     def _add_tasks(self, rows: Rows) -> None:
         self._count("pstree", len(rows))
@@ -375,7 +414,7 @@ class Rebuild:
             pid = Pid(_known(ident, self._tasks, "task"))
             if type(key) is not str or not _KEY.fullmatch(key):
                 raise Nonsense(f"task {pid} holds a file in no known way")
-            _known(reg, self._remaps, "remapped file")
+            _known(reg, self._remapped, "remapped file")
             self._holders.setdefault(pid, []).append(Holder(pid, key, RegId(reg)))
 
     def _add_ghosts(self, rows: Rows) -> None:

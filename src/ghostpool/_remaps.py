@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Literal
 
 from ghostpool._errors import ImageError, UnsupportedError
@@ -61,7 +61,7 @@ def read_remaps(source: ImageDirectory, files: FileTable) -> tuple[Remap, ...]:
 
 
 def _check_complete(
-    source: ImageDirectory, remaps: tuple[Remap, ...], files: FileTable, images: Iterable[str]
+    source: ImageDirectory, remaps: Sequence[Remap], files: FileTable, images: Iterable[str]
 ) -> None:
     """Every ghost image, and every hidden name that the dump made, has its record."""
     name = "remap-fpath.img"
@@ -87,7 +87,7 @@ def _check_complete(
 
 def read_ghosts(
     source: ImageDirectory,
-    remaps: tuple[Remap, ...],
+    remaps: Sequence[Remap],
     files: FileTable,
     ghosts: dict[GhostId, Ghost],
 ) -> Iterator[Ghost]:
@@ -121,7 +121,7 @@ def read_ghosts(
 
 
 def check_remapped(
-    remaps: tuple[Remap, ...], files: FileTable, mounts: dict[NsId, tuple[ImageMount, ...]]
+    remaps: Sequence[Remap], files: FileTable, mounts: dict[NsId, tuple[ImageMount, ...]]
 ) -> None:
     """What a file has to have so that it can be opened under its old name again."""
     points = {mount.id: mount.mountpoint for table in mounts.values() for mount in table}

@@ -223,3 +223,14 @@ def test_further_extents() -> None:
         told[at] = ["extents", [row]]
         with pytest.raises(ImageError, match="makes no sense"):
             rebuilt(told)
+
+
+def test_descriptors_come_in_any_order() -> None:
+    """They are in that of their numbers afterwards, and can be had one by one like those read."""
+    told = frames()
+    told[index("descriptors")][1].reverse()
+    ours, theirs = rebuilt(told).tasks[0].descriptors, made().tasks[0].descriptors
+    assert ours == theirs
+    assert (ours[1], ours[-1], ours[1:3]) == (theirs[1], theirs[-1], theirs[1:3])
+    assert len(ours) == len(theirs) > 3
+    assert (hash(ours), repr(ours)) == (hash(theirs), repr(theirs))

@@ -50,7 +50,7 @@ LAYERS = [
     "_channel _consumer _imagefile _launch _stall",
     "_eventfile _imagesource _listenfds _progress _schema _tracing",
     "_apart _followers _unbroken _limits _model _mounttable _rlimit",
-    "_paths",
+    "_columns _paths",
     "_events",
     "_forkserver",
     "_build _command _guardian",
