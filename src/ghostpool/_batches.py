@@ -40,7 +40,7 @@ async def in_slots(
 
 
 def new_room() -> anyio.Semaphore:
-    """Room of a slot for what is under way to it or prepared for it: two pieces and the next."""
+    """Room of a slot: two pieces that are under way, and the next one, which is prepared."""
     return anyio.Semaphore(3)
 
 
@@ -53,8 +53,8 @@ async def one_ahead(
     """Prepare each piece and have it carried out, in order, two of them under way at a time.
 
     A worker that has done one has the next already, and what is to come goes into the journal
-    while it is busy. `carry_out` calls its last argument when the worker has what it needs:
-    nothing is prepared before. `room` is that of all who have work for the slot, so that what a
+    while it is busy. `carry_out` calls its last argument when the request is sent: nothing is
+    prepared before. `room` is that of all who have work for the slot, so that what a
     hundred tasks prepare does not add up. The first failure ends everything.
     """
 

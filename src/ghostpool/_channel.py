@@ -56,7 +56,11 @@ class Channel:
 
     async def send(self, message: object, fds: list[int] | None = None) -> None:
         """Send one message. OSError (EPIPE, ECONNRESET) if the other end is gone."""
-        header, body = encode(message, fds or [])
+        await self.send_frame(encode(message, fds or []), fds)
+
+    async def send_frame(self, frame: tuple[bytes, bytes], fds: list[int] | None = None) -> None:
+        """The same for a message that is encoded already, with as many descriptors."""
+        header, body = frame
         await self._send_part(header, fds or [])
         view = memoryview(body)
         while view:
@@ -98,6 +102,13 @@ class Channel:
         data, ancillary, flags = await receive_some(self._socket, most, space)
         self._fds += take_rights(ancillary, flags)
         return data
+
+    def shutdown(self) -> None:
+        """End of the stream for whoever waits here or there; `close` is still to come."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has ended
 
     def close(self) -> None:
         """Close at once; closing twice is harmless."""

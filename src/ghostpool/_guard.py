@@ -172,10 +172,18 @@ class Guard:
             raise self._not_written(error) from error
 
     def settle_later(self, keys: Iterable[Key]) -> None:
-        """These are undone; it is told with what is owed next, or never, since it is harmless to
-        undo twice."""
+        """These are undone; it is told with what is owed next, or by `tell_settled`.
+
+        Undoing twice is harmless as long as no other file has the name and the inode.
+        """
         self._owed.difference_update(keys)
         self._settled += keys
+
+    async def tell_settled(self) -> None:
+        """Tell now what `settle_later` was told."""
+        if self._settled:
+            keys, self._settled = self._settled, []
+            await self.settle(keys)
 
     async def settle(self, keys: Collection[Key] | Literal["names"], *, must: bool = False) -> None:
         """These are undone, or were never done; or all names are.

@@ -94,8 +94,6 @@ class DirectorySource:
             return None
         try:
             data = os.pread(fd, length, 0)
-            if 0 < len(data) < length:
-                return data, len(data)
             status = os.fstat(fd)
         except OSError:
             return None

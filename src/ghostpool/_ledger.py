@@ -183,6 +183,10 @@ class Ledger:
         if not keep:
             self._guard.settle_later(keys)
 
+    async def tell_settled(self) -> None:
+        """Tell the guardian what is undone: nothing may be owed for long that is not."""
+        await self._guard.tell_settled()
+
     async def settle(self, *, kept: bool = False) -> None:
         """Everything is undone, or has succeeded: what is still there is to stay.
 
@@ -381,19 +385,10 @@ class Ledger:
         device, inode = self.result(planned.opening.ghost.id)
         directory = planned.opening.directory
         parents = tuple(directory.split(b"/")[-planned.missing :]) if planned.missing else ()
-        last = planned.names[-1]
-        return [
-            RemoveOp(
-                mount.service,
-                directory,
-                name,
-                device,
-                inode,
-                parents if name is last else (),
-                None,
-            )
-            for name in planned.names
-        ]
+        *others, last = planned.names
+        service = mount.service
+        removals = [RemoveOp(service, directory, name, device, inode, (), None) for name in others]
+        return [*removals, RemoveOp(service, directory, last, device, inode, parents, None)]
 
 
 def _owed(temporary: _Temporary) -> Owed:

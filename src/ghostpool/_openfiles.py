@@ -79,6 +79,8 @@ class Opener:
         self._keep = keep
         self._files = files
         self._shared = _opened_often(plan)
+        self._are_sent = files == "held" or (files == "discarded" and bool(self._shared))
+        """Descriptors come with the answers."""
         self._places: dict[tuple[object, ...], tuple[bytes, bytes]] = {}
         self._rooms = {slot: new_room() for slot in set(slots.values())}
         self._begun: dict[RegId, _Opening] = {}
@@ -111,6 +113,7 @@ class Opener:
         self._begun.update((planned.opening.file.id, opening) for planned in opens)
         try:
             await in_slots(self._slots, opens, partial(self._open_in_slot, task))
+            await self._ledger.tell_settled()
         except BaseException as error:
             opening.error = error
             raise
@@ -121,7 +124,7 @@ class Opener:
         opens.sort(key=lambda planned: planned.opening.mount.namespace.target.index)
         await one_ahead(
             self._rooms[slot],
-            batches(opens, _BATCH_HELD if self._files == "held" else _BATCH),
+            batches(opens, _BATCH_HELD if self._are_sent else _BATCH),
             partial(self._prepare, slot),
             partial(self._open_batch, task, slot),
         )

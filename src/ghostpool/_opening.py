@@ -158,24 +158,23 @@ class OpenWork(Work):
         return (status.st_dev, status.st_ino) == (operation.device, operation.inode)
 
     def _unlink_own(self, operation: OpenOp, directory: int, name: bytes) -> None:
-        """Also if something else had the temporary name when it was linked: it still has that, or
-        gets it back."""
+        """Also if something else had the temporary name when it was linked: it still has that.
+
+        What was moved and is not ours stays where it is: it may be a file that somebody has put
+        there since.
+        """
         try:
             self._undo_step = "fstatat"
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
             own = (status.st_dev, status.st_ino) == (operation.device, operation.inode)
-            source = self._directories.open(operation.link, operation.temp_directory)
-            if operation.move and not own:
-                self._undo_step = "renameat2"
-                old = operation.temp_name
-                _linux.renameat2(directory, name, source, old, _linux.RENAME_NOREPLACE)
-            elif own or self._is_link(operation, source, status):
+            if own or (not operation.move and self._is_link(operation, status)):
                 self._undo_step = "unlinkat"
                 os.unlink(name, dir_fd=directory)
         except OSError:
             pass
 
-    def _is_link(self, operation: OpenOp, source: int, new: os.stat_result) -> bool:
+    def _is_link(self, operation: OpenOp, new: os.stat_result) -> bool:
+        source = self._directories.open(operation.link, operation.temp_directory)
         self._undo_step = "fstatat"
         old = os.stat(operation.temp_name, dir_fd=source, follow_symlinks=False)
         return os.path.samestat(old, new)

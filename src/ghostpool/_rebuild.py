@@ -218,7 +218,7 @@ class Rebuild:
                 raise Nonsense(f"{kind} are no rows")
             self._at = at
             getattr(self, f"_add_{kind}")(rows)
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise self._nonsense(error) from None
 
     def images(self) -> Images:

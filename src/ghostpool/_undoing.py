@@ -279,13 +279,13 @@ class Undoing:
             )
         return self._said(where, label, [Removed(*fields) for fields in answers])
 
-    @staticmethod
-    def _said(where: list[str], label: str, answers: Iterable[Removed]) -> list[str]:
+    def _said(self, where: list[str], label: str, answers: Iterable[Removed]) -> list[str]:
         said = []
+        resisted: list[str] = []
         for name, answer in zip(where, answers, strict=True):
             if answer.errno:
-                raise _Left(f"{name}: {answer.step}: {os.strerror(answer.errno)}")
-            if answer.found == REMOVED:
+                resisted.append(f"{name}: {answer.step}: {os.strerror(answer.errno)}")
+            elif answer.found == REMOVED:
                 said.append(f"{name}: removed")
             elif answer.found == OTHER:
                 said.append(f"{name}: another file has the name now, left alone")
@@ -293,6 +293,9 @@ class Undoing:
                 f"{text(path)} on mount {label}: not removed, something else is in it now"
                 for path in answer.left
             ]
+        if resisted:
+            self._run.done += said
+            raise _Left("; ".join(resisted))
         return said
 
     async def _place(self, mount: JournalMount, anchor: Anchor) -> _Place:

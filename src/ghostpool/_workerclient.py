@@ -22,11 +22,13 @@ from ghostpool._channel import Channel
 from ghostpool._errors import WorkerDied, WorkerHung
 from ghostpool._model import MountHandle
 from ghostpool._process import STOP_S, Child, ForkServer
-from ghostpool._protocol import MAX_FDS, Failure
+from ghostpool._protocol import MAX_FDS, Failure, encode
 from ghostpool._stall import condition
 
 SEND_S = 10.0
 """How long a worker may take to read a request that it is waiting for."""
+_SMALL = 1 << 16
+"""Bytes: two such requests fit the buffer of a socket."""
 CANCEL_GRACE_S = 2.0
 """How long a cancelled call waits for its answer before its worker is killed."""
 
@@ -54,7 +56,12 @@ class WorkerClient:
         self._answered = anyio.Event()
         """The request that was sent last has its answer, or never will."""
         self._answered.set()
+        self._answered_before = self._answered
+        """Likewise for the one before."""
+        self._waiting = 0
+        """How many wait for an answer."""
         self._end: WorkerHung | None = None
+        """Why it was killed, for those who wait for a later answer."""
         self._received: list[int] = []
         """Descriptors of an answer of which the last frame is still to come."""
         self.alive: bool = True
@@ -97,7 +104,7 @@ class WorkerClient:
     ) -> tuple[Any, list[int]]:
         """Have one request done; its result, and the descriptors that came with it.
 
-        `sent` is called as soon as the worker has the request.
+        `sent` is called as soon as the request is sent.
 
         `namespace` is entered first. `namespaces` and `mounts` (number to descriptor here) are
         sent along as far as this worker lacks them. WorkerFailure if the operation failed,
@@ -122,16 +129,30 @@ class WorkerClient:
             # What may have arrived needs not be sent again, and what has not, dies with it.
             self._namespaces.update(new_namespaces)
             self._mounts.update(new_mounts)
+            frame = encode((*numbers, request, *arguments), passed)
+            # Where two are under way, or a large one would not fit the socket's buffer, a worker
+            # that is busy is not one that does not read.
+            await (self._answered if len(frame[1]) > _SMALL else self._answered_before).wait()
             with self._errors(request):
-                with anyio.fail_after(SEND_S, shield=True):
-                    await self._channel.send((*numbers, request, *arguments), passed)
-            before, self._answered = self._answered, anyio.Event()
-            answered = self._answered
+                self._check_alive()
+                try:
+                    with anyio.fail_after(SEND_S, shield=True):
+                        await self._channel.send_frame(frame, passed)
+                except (OSError, TimeoutError):
+                    raise
+                except BaseException:
+                    self.kill()  # half a frame may be there
+                    raise
+            before, answered = self._answered, anyio.Event()
+            self._answered_before, self._answered = before, answered
+            self._waiting += 1
         sent()
         try:
             ok, result, received = await self._turn(before, request, stall_s, deadline_s)
         finally:
             answered.set()
+            self._waiting -= 1
+            self._close_if_dead()
         if not ok:
             _linux.close_all(received)
             failure = Failure(*result)
@@ -149,14 +170,21 @@ class WorkerClient:
         try:
             await before.wait()
             with self._errors(request):
-                if not self.alive:
-                    raise self._end or anyio.EndOfStream
+                self._check_alive()
                 return await self.child.moves(self._answer, min(stall_s, self._stall_s), deadline_s)
         except (WorkerDied, WorkerHung):
             raise
         except BaseException:
             await self._abandon(before)
             raise
+
+    def _close_if_dead(self) -> None:
+        if not self.alive and not self._waiting:
+            self._channel.close()
+
+    def _check_alive(self) -> None:
+        if not self.alive:
+            raise self._end or anyio.EndOfStream
 
     @contextmanager
     def _errors(self, request: str) -> Iterator[None]:
@@ -218,12 +246,13 @@ class WorkerClient:
         self._mounts |= set(handles)
 
     def kill(self) -> None:
-        """End it at once (SIGKILL); its socket is closed."""
+        """End it at once (SIGKILL); its socket is closed when nobody waits for an answer."""
         self.alive = False
         self.child.signal(signal.SIGKILL)
         _linux.close_all(self._received)
         self._received = []
-        self._channel.close()
+        self._channel.shutdown()
+        self._close_if_dead()
 
     def let_go(self) -> None:
         """Close its socket and leave it to itself; for the guardian, which has more to do then."""

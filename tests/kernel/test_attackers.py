@@ -255,7 +255,8 @@ def test_a_file_that_has_the_name_by_now_is_not_unlinked(
 def test_a_temporary_that_was_exchanged_leaves_no_link(
     bench: Bench, decoy: str, move: bool
 ) -> None:
-    """The old name was another file's, which keeps its own name or gets it back."""
+    """The old name was another file's, which keeps its own one. One that was moved stays there:
+    nobody can tell it from a file that was put there since."""
     temporary = bench.path / ".ghostpool-1"
     temporary.write_bytes(b"ghost")
     operation = linking(temporary, move=move)
@@ -270,7 +271,27 @@ def test_a_temporary_that_was_exchanged_leaves_no_link(
         temporary.symlink_to("/etc/passwd")
     with pytest.raises((Mismatch, OSError)):
         bench.opening._open(operation, [])
-    assert sorted(os.listdir(bench.path)) == [".ghostpool-1", "aside"]
+    assert sorted(os.listdir(bench.path)) == sorted(["name" if move else ".ghostpool-1", "aside"])
+
+
+@pytest.mark.parametrize("move", [False, True])
+def test_a_file_that_has_the_name_too_soon_is_left_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, move: bool
+) -> None:
+    """A program of the container writes its file anew before the ghost is opened."""
+    temporary, anew = bench.path / ".ghostpool-1", bench.path / "anew"
+    temporary.write_bytes(b"ghost")
+    anew.write_bytes(b"anew")
+    original = OpenWork._open_checked
+
+    def checked(self: OpenWork, *args: Any) -> int:
+        anew.rename(bench.path / "name")
+        return original(self, *args)
+
+    monkeypatch.setattr(OpenWork, "_open_checked", checked)
+    with pytest.raises(Mismatch, match="identity"):
+        bench.opening._open(linking(temporary, move=move), [])
+    assert (bench.path / "name").read_bytes() == b"anew"
 
 
 def removal(directory: bytes, name: bytes, status: os.stat_result) -> RemoveOp:

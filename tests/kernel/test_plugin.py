@@ -291,7 +291,9 @@ def test_without_a_run(ghostpool_faults):
     )
     result.assert_outcomes(passed=2, errors=2)
     text = result.stdout.str()
-    assert "[<Fault open linkat fails with EIO, happened 0 times>] did not happen; the steps" in text
+    assert (
+        "[<Fault open linkat fails with EIO, happened 0 times>] did not happen; the steps" in text
+    )
     assert re.search(r"the steps were: .*, open renameat2, ", text)
     assert "[<Fault open renameat2 kills the worker, happened 0 times>] did not happen" in text
     assert "the steps were: none" in text
