@@ -371,6 +371,7 @@ class _Coordinator:
             namespaces=where,
             policy=Policy(keep=definition.keep, allow_devices=True, strategy=definition.strategy),
             mount_setattr=definition.mount_setattr,
+            consumers="nobody" if definition.discard else None,
             stall_s=STALL_S,
         )
         words = list(definition.command)

@@ -51,6 +51,8 @@ class Definition(NamedTuple):
     keep: bool = False
     mount_setattr: bool = True
     strategy: Strategy = "remount"
+    discard: bool = False
+    """The files are for nobody: workers close them."""
     command: tuple[str, ...] = ()
     rebuilt: bool = False
     """The targets are made by the run itself; those here are not used."""
@@ -124,7 +126,7 @@ def definitions() -> list[Definition]:
     return [
         Definition("kinds", _all_kinds, ((_ROOT, data), (_ROOT, other))),
         Definition("mount(2)", _one_mount, ((_ROOT, data),), mount_setattr=False),
-        Definition("detached", _one_mount, ((_ROOT, data),), strategy="detached"),
+        Definition("detached", _one_mount, ((_ROOT, data),), strategy="detached", discard=True),
         Definition("keep", _kept, ((_ROOT, data),), keep=True),
         Definition("command", _one_mount, ((root, data, *programs),), command=("/bin/true",)),
         Definition("rebuilt", _rebuilt, (), rebuilt=True),
