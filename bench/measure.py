@@ -89,8 +89,12 @@ def alternate(
     rounds: int,
     *,
     at_most: Mapping[str, int] | None = None,
+    before: Run = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each run of each rival; those in `at_most` have so many of the rounds only."""
+    """Seconds of each run of each rival; those in `at_most` have so many of the rounds only.
+
+    `before` is called before each, unmeasured.
+    """
     print(f"{title}: unmeasured round", file=sys.stderr, flush=True)
     for run in rivals.values():
         run()
@@ -101,6 +105,7 @@ def alternate(
         for name in order:
             if at_most and number >= at_most.get(name, rounds):
                 continue
+            before()
             begun = time.perf_counter()
             rivals[name]()
             samples[name].append(time.perf_counter() - begun)
