@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from ghostpool import _linux
 from ghostpool._buildspec import MountSpec, Node
 from ghostpool._linux import Attr
+from ghostpool._planned import Strategy
 from ghostpool.testing import Snapshot
 from ghostpool.testing._forked import in_child
 from ghostpool.testing._namespace import enter
@@ -71,11 +72,16 @@ def restore(images: Path, target: Live, *options: str | int) -> Run:
 def refuse(
     images: Path, mounts: tuple[MountSpec, ...], *words: str, options: tuple[str, ...] = ()
 ) -> None:
-    """A restore into a target with these mounts is refused with a line that has the words."""
+    """A restore into a target with these mounts is refused with a line that has the words.
+
+    By both strategies: what rules a restore out does not depend on them.
+    """
     with live(mounts) as (target,):
         before = target.snapshot()
         assert before.files  # else the comparison says nothing
-        assert_refused(restore(images, target, *options), [before], [target], *words)
+        for strategy in get_args(Strategy):
+            done = restore(images, target, "--strategy", strategy, *options)
+            assert_refused(done, [before], [target], *words)
 
 
 def test_what_is_refused_below_is_restored_here(tmp_path: Path) -> None:
