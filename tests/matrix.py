@@ -62,6 +62,7 @@ UNTRUE = {
     ("remove", "unlinkat"): ("ENOENT", _GONE),
     ("remove", "rmdir"): ("ENOENT", _GONE),
     ("open", "rmdir"): ("ENOENT", _GONE),
+    ("open_discarded", "rmdir"): ("ENOENT", _GONE),
 }
 """By request and system call: an errno that would be a lie there, so that nothing is promised."""
 
