@@ -252,11 +252,10 @@ def main() -> int:
     if options.env:
         names, others, beside = options.env, "", []
     else:
-        # Two rows of about the same length, each of which keeps one CPU busy: what takes long, and
-        # the last of several interpreters after it, beside the others.
-        pythons = [f"py{major}{minor}" for major, minor in found]
-        first, last = (pythons[:-1], pythons[-1:]) if len(pythons) > 2 else (pythons, [])
-        names, others = ",".join(STATIC + first), ",".join([BESIDE, *last])
+        # Two rows of about the same length, each of which keeps one CPU busy: what is run once
+        # beside what every interpreter runs.
+        names = ",".join(f"py{major}{minor}" for major, minor in found)
+        others = ",".join([*STATIC, BESIDE])
         beside = [*tox, "--workdir", os.path.join(ROOT, ".tox", ".beside"), "-e", others]
     status = run_tox(
         [*tox, "-e", names, *(["--", *options.posargs] if options.posargs else [])], beside

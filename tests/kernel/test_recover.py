@@ -42,7 +42,7 @@ from tests.support.live import Live, Run, live, process, read_only, run, tmpfs
 from tests.support.namespaces import mountinfo
 from tests.support.truth import specs_from_truth
 
-pytestmark = pytest.mark.needs_mount_ns
+pytestmark = [pytest.mark.long, pytest.mark.needs_mount_ns]
 ATTRIBUTES = int(Attr.RDONLY | Attr.NOSUID | Attr.NODEV)
 
 

@@ -43,7 +43,7 @@ from tests.support.live import (
     tmpfs,
 )
 
-pytestmark = pytest.mark.needs_mount_ns
+pytestmark = [pytest.mark.long, pytest.mark.needs_mount_ns]
 
 DATA = read_only(2, b"/data", "sub/", "sub/keep", "other/")
 
