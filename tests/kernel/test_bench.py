@@ -31,7 +31,7 @@ from ghostpool._images import read_images
 
 CHECKOUT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.needs_mount_ns
+pytestmark = [pytest.mark.long, pytest.mark.needs_mount_ns]
 
 SHAPES = [
     Shape(0),

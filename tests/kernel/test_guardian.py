@@ -26,7 +26,7 @@ from tests.support.live import run as command
 from tests.support.namespaces import inside, mountinfo
 from tests.support.truth import specs_from_truth
 
-pytestmark = pytest.mark.needs_mount_ns
+pytestmark = [pytest.mark.long, pytest.mark.needs_mount_ns]
 IMAGES = CORPUS / CASE / "images"
 
 

@@ -21,7 +21,7 @@ from ghostpool._report import Report
 from tests.support.imagewriter import ImageSet
 from tests.support.live import Live, assert_refused, live, read_only, run
 
-pytestmark = pytest.mark.needs_mount_ns
+pytestmark = [pytest.mark.long, pytest.mark.needs_mount_ns]
 
 BLOCK = 4096
 

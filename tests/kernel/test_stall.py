@@ -33,7 +33,7 @@ from tests.support.live import live as live_specs
 from tests.support.live import read_only, run, running
 from tests.support.restore import Live, live
 
-pytestmark = pytest.mark.needs_mount_ns
+pytestmark = [pytest.mark.long, pytest.mark.needs_mount_ns]
 
 STALL_S = 0.25
 GHOSTS = 12
