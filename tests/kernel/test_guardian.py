@@ -57,6 +57,8 @@ def test_killed_at_each_step(namespaces: list[int], whom: Whom) -> None:
     for step in range(4, steps, 3):
         when = ("before", "after")[step % 2]
         done = coordinate(IMAGES, where, step, when=when, whom=whom)  # type: ignore[arg-type]
+        if done.returncode == 0 and int(done.stdout) <= step:
+            continue  # what is settled may be told in fewer calls, so this run had no such step
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert wait_for(lambda: look(namespaces) == before), (step, when)
         assert wait_for(lambda: not children()), (step, when)
