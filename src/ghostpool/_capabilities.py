@@ -92,7 +92,6 @@ NEEDED: dict[str, int] = {
     "create": int(_FILES | Cap.MKNOD),
     "place": _NAMES,
     "open": _NAMES,
-    "open_kept": _NAMES,
     "open_discarded": _NAMES,
     "remove": _NAMES,
 }

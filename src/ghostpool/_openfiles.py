@@ -10,7 +10,6 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Final
 
 import anyio
 
@@ -31,11 +30,6 @@ from ghostpool._workerclient import WorkerFailure
 _BATCH = 256
 _BATCH_HELD = 128
 """The worker holds as many descriptors until it answers."""
-_REQUESTS: Final[dict[Files, str]] = {
-    "held": "open",
-    "kept": "open_kept",
-    "discarded": "open_discarded",
-}
 
 
 class _Opening:
@@ -151,7 +145,7 @@ class Opener:
         try:
             answers, fds = await self._pool.call(
                 slot,
-                _REQUESTS[self._files],
+                "open" if self._files == "held" else "open_discarded",
                 [tuple(operation) for operation in operations],
                 target=opens[0].opening.mount.namespace.target.index,
                 mounts=handles,

@@ -26,12 +26,9 @@ class OpenWork(Work):
         """Link, open, check, unlink; the descriptors go back in order."""
         return self._each(operations, self._open, out)
 
-    def do_open_kept(self, _: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
-        """The same for files that stay by name: what was opened to be checked is closed."""
-        return self._each(operations, self._open_kept, [])
-
     def do_open_discarded(self, out: list[int], operations: list[tuple[Any, ...]]) -> list[Any]:
-        """The same for files that nobody takes: what has lost its last name is closed at once.
+        """The same for files that nobody takes: what is kept by name, or has lost its last one, is
+        closed at once.
 
         Descriptors of ghosts that others open too go back: they have a name for a while yet.
         """
@@ -57,18 +54,13 @@ class OpenWork(Work):
                 raise Failed(index, code, self._step, path, operation.live) from error
         return done
 
-    def _open_kept(self, operation: OpenOp, _: list[int]) -> Opened:
-        opened: list[int] = []
-        try:
-            return self._open(operation, opened)
-        finally:
-            _linux.close_all(opened)
-
     def _open_and_close(self, operation: OpenOp, out: list[int]) -> Opened:
         opened: list[int] = []
         try:
             result = self._open(operation, opened)
-            if operation.move:
+            if operation.keep:
+                pass
+            elif operation.move:
                 self._step = "fstat"
                 links = os.fstat(opened[0]).st_nlink
                 if links:

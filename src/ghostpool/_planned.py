@@ -16,7 +16,7 @@ from ghostpool._errors import (
     ReadOnlySuperblock,
     UnsupportedError,
 )
-from ghostpool._match import Namespace, Site
+from ghostpool._match import Namespace
 from ghostpool._model import Ghost, GhostId, Images, MountHandle, RegFile, Task, service_of
 from ghostpool._mountinfo import LiveMount
 from ghostpool._paths import join, text
@@ -124,11 +124,6 @@ class Opening(NamedTuple):
     def name(self) -> bytes:
         """The old name in `directory`."""
         return self.file.name.rpartition(b"/")[2]
-
-    @property
-    def site(self) -> Site:
-        """Where that is, seen from the live mount."""
-        return Site(self.mount.namespace, self.mount.mount, self.directory, self.name)
 
 
 class MadeAt(NamedTuple):

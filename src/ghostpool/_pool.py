@@ -42,7 +42,6 @@ _HEAVY = frozenset(
         "look",
         "create",
         "open",
-        "open_kept",
         "open_discarded",
     )
 )

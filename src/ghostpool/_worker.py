@@ -62,7 +62,6 @@ class Worker(Work):
             "create": lambda out, operations: creating.do_create(out, operations, *self.given),
             "place": creating.do_place,
             "open": opening.do_open,
-            "open_kept": opening.do_open_kept,
             "open_discarded": opening.do_open_discarded,
             "remove": RemoveWork(directories).do_remove,
             "finish": _last_words,

@@ -138,7 +138,7 @@ class WorkerClient:
                 try:
                     with anyio.fail_after(SEND_S, shield=True):
                         await self._channel.send_frame(frame, passed)
-                except (OSError, TimeoutError):
+                except OSError:  # a timeout is one
                     raise
                 except BaseException:
                     self.kill()  # half a frame may be there
