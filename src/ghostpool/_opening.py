@@ -59,8 +59,8 @@ class OpenWork(Work):
         try:
             result = self._open(operation, opened)
             if operation.keep:
-                pass
-            elif operation.move:
+                return result
+            if operation.move:
                 self._step = "fstat"
                 links = os.fstat(opened[0]).st_nlink
                 if links:
