@@ -16,17 +16,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
-from ghostpool import _creating, _removing
+from ghostpool import _creating, _deliver, _removing, _run
 from ghostpool._creating import CreateWork
 from ghostpool._directories import Directories
-from ghostpool._failed import Mismatch
+from ghostpool._errors import VerificationError
+from ghostpool._failed import Failed, Mismatch
+from ghostpool._launch import launch
+from ghostpool._needs import Consumers
 from ghostpool._opening import OpenWork
+from ghostpool._pool import WorkerPool
 from ghostpool._protocol import REMOVED, CreateOp, OpenOp, PlaceOp, RemoveOp
 from ghostpool._removing import RemoveWork
+from ghostpool._report import Report
 from tests.attackers.arena import GHOSTS, Canary, Result, _wrong, arena, run
 from tests.attackers.attacks import ATTACKS
+from tests.support.imagewriter import ghosts_on
+from tests.support.live import live, read_only
 from tests.support.operations import opening_of
 from tests.support.restore import ghostpool
 
@@ -292,6 +300,61 @@ def test_a_file_that_has_the_name_too_soon_is_left_alone(
     with pytest.raises(Mismatch, match="identity"):
         bench.opening._open(linking(temporary, move=move), [])
     assert (bench.path / "name").read_bytes() == b"anew"
+
+
+def test_a_link_that_somebody_else_makes_is_noticed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file that nobody takes, too: what the worker closes has a name that it should not."""
+    temporary = bench.path / ".ghostpool-1"
+    temporary.write_bytes(b"ghost")
+    operation = linking(temporary, move=True)
+    original = OpenWork._open_checked
+
+    def checked(self: OpenWork, *args: Any) -> int:
+        os.link(bench.path / "name", bench.path / "stolen")
+        return original(self, *args)
+
+    monkeypatch.setattr(OpenWork, "_open_checked", checked)
+    out: list[int] = []
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(Failed) as caught:  # noqa: PT011  it carries a failure, and no text
+        bench.opening.do_open_discarded(out, [tuple(operation)])
+    assert (caught.value.failure.at, caught.value.failure.errno) == (0, 0)
+    assert caught.value.failure.step == "number of names: another process has given it 1"
+    assert out == []
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert os.listdir(bench.path) == ["stolen"]
+
+
+@pytest.mark.parametrize("consumers", [None, "nobody"])
+def test_a_ghost_that_was_linked_fails_the_restore(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, consumers: Consumers | None
+) -> None:
+    """Held or discarded: a program that finds its temporary name keeps its link, and is told of."""
+    images = ghosts_on("/data", ["gone"], b"content").write(tmp_path)
+    original = WorkerPool.call
+
+    def steal() -> None:
+        (temporary,) = (name for name in os.listdir("/data") if name.startswith(".ghostpool-"))
+        os.link(f"/data/{temporary}", "/data/stolen")
+
+    async def call(self: WorkerPool, slot: int, name: str, *args: Any, **keywords: Any) -> Any:
+        if name in ("open", "open_discarded"):
+            target.run(steal)
+        return await original(self, slot, name, *args, **keywords)
+
+    monkeypatch.setattr(WorkerPool, "call", call)
+    with live([read_only(2, b"/data", "keep")]) as (target,):
+        request = _run.Request(str(images), 1, tree=target.pid, consumers=consumers)
+
+        async def story() -> None:
+            await _run.run_restore(request, launch(), Report(), _deliver.discard)
+
+        with pytest.raises(VerificationError, match="another process has"):
+            anyio.run(story, backend="trio")
+        assert sorted(target.run(lambda: os.listdir("/data"))) == ["keep", "stolen"]
+        assert not target.is_writable(b"/data")
 
 
 def removal(directory: bytes, name: bytes, status: os.stat_result) -> RemoveOp:
