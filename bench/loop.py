@@ -15,9 +15,9 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench.images import Shape, write_images
+from bench.images import Shape
 from bench.measure import Answer, Setting, spread
-from bench.scene import BenchError, live_namespaces, workplace
+from bench.scene import BenchError, restorable, workplace
 
 _NO_GC = ", without garbage collection"
 _MOUNTS = 10
@@ -71,8 +71,7 @@ def measure(setting: Setting) -> Answer:
         home = stack.enter_context(workplace(setting.scratch, "loop"))
         shape = Shape(ghosts, namespaces=_NAMESPACES, mounts=_MOUNTS, base=bytes(home / "live"))
         images = home / "images"
-        write_images(images, shape)
-        pids = stack.enter_context(live_namespaces(shape))
+        pids = stack.enter_context(restorable(images, shape))
         targets = {shape.namespace_id(number): pid for number, pid in enumerate(pids)}
         for _ in range(setting.rounds):
             for backend, gaps in samples.items():

@@ -13,10 +13,10 @@ from functools import partial
 from statistics import median
 
 from bench import rivals
-from bench.images import Shape, write_images
+from bench.images import Shape
 from bench.measure import Answer, Run, Setting, alternate, spread
 from bench.ratios import median_ratio, shown
-from bench.scene import live_namespaces, most_mounts, workplace
+from bench.scene import most_mounts, restorable, workplace
 
 _MOUNTS = 10
 _FEW = 16
@@ -37,8 +37,7 @@ def measure(setting: Setting) -> Answer:
             mounts = min(_MOUNTS, most_mounts(count) // count)
             shape = Shape(ghosts, namespaces=count, mounts=mounts, base=bytes(home / "live"))
             images = home / f"images-{count}"
-            write_images(images, shape)
-            pids = stack.enter_context(live_namespaces(shape))
+            pids = stack.enter_context(restorable(images, shape))
             for name, command in (
                 (_c(count), rivals.c(program, images, pids=pids)),
                 (_ours(count), rivals.ghostpool(images, jobs=_JOBS, pids=pids)),

@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import median
 
 from bench import rivals
-from bench.images import Shape, write_images
+from bench.images import Shape
 from bench.measure import Answer, Setting, spread
-from bench.scene import BenchError, live_namespaces, workplace
+from bench.scene import BenchError, restorable, workplace
 
 _NAMESPACES = 16
 _MOUNTS = 10
@@ -39,8 +39,7 @@ def measure(setting: Setting) -> Answer:
         home = stack.enter_context(workplace(setting.scratch, "memory"))
         shape = Shape(ghosts, namespaces=_NAMESPACES, mounts=_MOUNTS, base=bytes(home / "live"))
         images = home / "images"
-        write_images(images, shape)
-        pids = stack.enter_context(live_namespaces(shape))
+        pids = stack.enter_context(restorable(images, shape))
         command = rivals.ghostpool(images, jobs=_JOBS, pids=pids)
         for _ in range(min(setting.rounds, _ROUNDS)):
             for name, value in _peaks(command, home / "events").items():

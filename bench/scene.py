@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from bench.images import Shape
+from bench.images import Shape, write_images
 from ghostpool import _linux
 
 _FURTHER_FDS = 400
@@ -116,6 +116,14 @@ def live_namespaces(shape: Shape, backing: Path | None = None) -> Iterator[list[
         yield pids
         for pid in pids:
             _check_untouched(pid, shape)
+
+
+@contextmanager
+def restorable(images: Path, shape: Shape) -> Iterator[list[int]]:
+    """As `live_namespaces`, with an image directory of the same shape made at `images`."""
+    write_images(images, shape)
+    with live_namespaces(shape) as pids:
+        yield pids
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ghostpool._ledger import Ledger
 from ghostpool._mend import left_behind
 from ghostpool._model import GhostId, MountHandle, RegId
 from ghostpool._paths import join, relative_to, text
-from ghostpool._planned import Files, Plan, PlannedGhost, PlannedOpen
+from ghostpool._planned import Files, Plan, PlannedGhost, PlannedOpen, is_moved
 from ghostpool._pool import WorkerPool
 from ghostpool._protocol import OpenOp
 from ghostpool._restored import Restored
@@ -210,7 +210,7 @@ class Opener:
             ghost.mode,
             self._size_to_check(opening.file.size, ghost.mode),
             self._keep,
-            bool(temp_name) and ghost.id not in self._shared,
+            is_moved(ghost, shared=ghost.id in self._shared),
         )
 
     def _seen_from_link(self, planned: PlannedOpen, placed: PlannedGhost) -> tuple[bytes, bytes]:

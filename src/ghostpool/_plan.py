@@ -61,7 +61,7 @@ from ghostpool._planned import (
     Policy,
     Privileged,
     Refusal,
-    opened_once,
+    is_moved,
     usual_names,
 )
 from ghostpool._protocol import Look
@@ -274,7 +274,11 @@ class Planner:
             return len(self._openings)
         if files == "kept":
             return 0
-        return sum(len(some) for some in self._by_ghost() if not opened_once(some))
+        return sum(
+            len(some)
+            for some in self._by_ghost()
+            if not is_moved(some[0].ghost, shared=len(some) > 1)
+        )
 
     def _by_ghost(self) -> Iterator[list[Opening]]:
         for ghost_id, first in self._first.items():

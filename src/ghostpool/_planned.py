@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -242,12 +242,12 @@ def usual_names(name: bytes) -> tuple[bytes, ...]:
     return (name, alternative) if len(alternative) <= _NAME_MAX else (name,)
 
 
-def opened_once(openings: Sequence[Opening]) -> bool:
-    """Whether a ghost with these opens can be moved to its old name, since nobody else needs it.
+def is_moved(ghost: Ghost, *, shared: bool) -> bool:
+    """Whether an open moves the ghost to its old name: nobody else opens it.
 
     Directories are moved before.
     """
-    return len(openings) == 1 and not stat.S_ISDIR(openings[0].ghost.mode)
+    return not shared and not stat.S_ISDIR(ghost.mode)
 
 
 class PlannedTask(NamedTuple):
