@@ -37,6 +37,7 @@ from ghostpool._rebuild import Rebuild
 from tests.fuzz.mutate import Mutator, mutate_rows
 from tests.support.imagewriter import TTY, ImageSet, message
 from tests.support.memory import MemorySource, load
+from tests.support.rss import peak_rss
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 SLOW_S = 1.0
@@ -158,7 +159,7 @@ def run(executions: int, seed: int, crashes: str | None = None) -> Outcome:
     mutator = Mutator(seed, found)
     rng = random.Random(seed + 1)
     rows = documents(found)
-    outcome = Outcome(base_rss=_peak_rss())
+    outcome = Outcome(base_rss=peak_rss())
     cpu = time.process_time()
     alarm = _Alarm(outcome)
     gc.disable()
@@ -187,7 +188,7 @@ def run(executions: int, seed: int, crashes: str | None = None) -> Outcome:
                 outcome.slowest_s, outcome.slowest = took, f"{kind}: {said[:100] or 'read'}"
                 if took > SLOW_S:
                     outcome.crashes.append(_crash(images, f"took {took:.1f} s", crashes))
-            grown = (peak := _peak_rss()) - outcome.base_rss
+            grown = (peak := peak_rss()) - outcome.base_rss
             if grown > MEMORY and peak > outcome.peak_rss:
                 outcome.crashes.append(_crash(images, f"memory grew by {grown} bytes", crashes))
             outcome.peak_rss = max(outcome.peak_rss, peak)
@@ -233,10 +234,6 @@ class _Alarm:
     def stop(self) -> None:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, self._previous)
-
-
-def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def _crash(images: Mapping[str, bytes], reason: str, directory: str | None) -> str:

@@ -169,11 +169,12 @@ def test_sizes() -> None:
 # their own, which has read nothing before.
 
 _HOSTILE = """
-import resource, sys, time
+import sys, time
 sys.path[:0] = {paths!r}
 from ghostpool._errors import ImageError
 from tests.support.imagewriter import head, message, record, small, varint
 from tests.support.memory import MemorySource
+from tests.support.rss import peak_rss
 from tests.unit.test_limits import written
 from ghostpool._images import read_source
 MiB = 1 << 20
@@ -196,14 +197,14 @@ INPUTS = {{
 file, body = INPUTS[sys.argv[1]]
 images = written(small())
 images[file] = head(file) + record(body)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_rss()
 begun = time.process_time()
 try:
     read_source("images", MemorySource(images))
 except ImageError as error:
     assert len(str(error)) < 1000
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(grown << 10, time.process_time() - begun)
+grown = peak_rss() - before
+print(grown, time.process_time() - begun)
 """
 
 
@@ -232,7 +233,7 @@ def test_a_hundred_thousand_ghosts(tmp_path: Path) -> None:
     """Real users have them: they pass, with names of some length, and below 256 MiB."""
     write_images(tmp_path / "images", Shape(100_000, base=b"/var/lib/service/data/instances/one"))
     code = (
-        f"import gc, json, sys, resource; sys.path[:0] = {[p for p in sys.path if p]!r}\n"
+        f"import gc, json, sys; sys.path[:0] = {[str(ROOT), *(p for p in sys.path if p)]!r}\n"
         "from ghostpool._images import read_images\n"
         "from ghostpool._imagerows import rows_of\n"
         "gc.disable()\n"  # as the reader does
@@ -240,7 +241,8 @@ def test_a_hundred_thousand_ghosts(tmp_path: Path) -> None:
         "for frame in rows_of(images):\n"
         "    json.dumps(frame)\n"
         "print(len(images.ghosts))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)"
+        "from tests.support.rss import peak_rss\n"
+        "print(peak_rss())"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=300, check=True
