@@ -21,7 +21,7 @@ def rows() -> list[list[str]]:
 
 
 @cache
-def tests_in(name: str) -> set[str]:
+def names_of(name: str) -> set[str]:
     (path,) = (ROOT / "tests").rglob(name)
     return {node.name for node in ast.walk(ast.parse(path.read_text())) if hasattr(node, "name")}
 
@@ -35,4 +35,4 @@ def test_the_rows_are_found() -> None:
 def test_the_test_is_there(test: str) -> None:
     found = re.fullmatch(r"`(test_\w+\.py)::(test_\w+)`", test)
     assert found, test
-    assert found[2] in tests_in(found[1])
+    assert found[2] in names_of(found[1])
