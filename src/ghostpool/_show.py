@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ghostpool._inspection import kind_of
 from ghostpool._paths import text
 from ghostpool._planned import Plan
 from ghostpool._report import recommended
@@ -62,15 +63,3 @@ def table(title: str, *headings: str) -> Table:
     for heading in headings:
         made.add_column(heading, overflow="fold")
     return made
-
-
-def kind_of(mode: int) -> str:
-    """One word for the type bits of a mode."""
-    return {
-        stat.S_IFREG: "file",
-        stat.S_IFDIR: "directory",
-        stat.S_IFLNK: "symlink",
-        stat.S_IFIFO: "fifo",
-        stat.S_IFCHR: "char device",
-        stat.S_IFBLK: "block device",
-    }.get(stat.S_IFMT(mode), "?")

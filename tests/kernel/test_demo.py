@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import stat
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,8 +12,7 @@ import anyio
 import pytest
 
 import ghostpool
-from ghostpool import _linux
-from tests.support.restore import entering, live, mount_tmpfs
+from tests.support.ordinary import ordinary_user
 
 DEMO = (sys.executable, "-m", "ghostpool", "demo")
 
@@ -47,44 +44,14 @@ def test_as_root(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def let_everybody_reach(*paths: str) -> None:
-    """Make paths below directories that are closed to others reachable (in a private namespace).
-
-    A closed directory is covered by an open one that holds nothing but the way there.
-    """
-    wanted: dict[Path, set[Path]] = {}
-    for path in {Path(p).resolve() for p in paths}:
-        closed = [above for above in path.parents if not above.stat().st_mode & stat.S_IXOTH]
-        if closed:
-            wanted.setdefault(closed[-1], set()).add(path)
-    for directory, inside in wanted.items():
-        trees = {
-            path: _linux.open_tree(-1, os.fsencode(path), _linux.OPEN_TREE_CLONE) for path in inside
-        }
-        mount_tmpfs(directory)
-        for path, tree in trees.items():
-            path.mkdir(parents=True, exist_ok=True)
-            _linux.move_mount(tree, -1, os.fsencode(path))
-            os.close(tree)
-
-
 @pytest.mark.needs_mount_ns
 @pytest.mark.needs_userns
 def test_as_an_ordinary_user(tmp_path: Path) -> None:
     """In a user namespace of its own, which maps one id."""
-    own = Path(ghostpool.__file__).parents[1]
     os.chown(tmp_path, 65534, 65534)
-
-    def set_up() -> None:
-        let_everybody_reach(sys.base_prefix, sys.prefix, str(own))
-        mount_tmpfs(Path("/mnt"))
-        os.chmod("/mnt", 0o1777)
-
-    with live(set_up) as target:
-        setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
-        user = (setpriv, "--reuid", "65534", "--regid", "65534", "--clear-groups", "env")
+    with ordinary_user() as user:
         left = ("sh", "-c", '"$@"; status=$?; ls -A /mnt >&2; exit $status', "sh")
-        done = demo(Path("/"), *entering(target), *user, "TMPDIR=/mnt", "HOME=/mnt", *left)
+        done = demo(Path("/"), *user, *left)
     assert done.returncode == 0, done.stderr
     assert "9 ghost files behind 13 descriptors" in done.stdout
     assert "owners not compared" in done.stdout
