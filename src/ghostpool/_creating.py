@@ -181,6 +181,8 @@ class CreateWork(Work):
             to = self._directories.open(operation.mount, place)
             last = len(operation.final) - 1
             for number, name in enumerate(operation.final):
+                if (name, place) == (operation.name, operation.directory):
+                    break
                 try:
                     self._step = "renameat2"
                     _linux.renameat2(source, operation.name, to, name, _linux.RENAME_NOREPLACE)

@@ -227,8 +227,7 @@ class Ledger:
             for temporary in reversed(self._temporaries.values())
             if not temporary.moved and not (keep and temporary.planned.final)
         ]
-        # Directories last, the innermost first: files lie in them, and they in one another.
-        waiting.sort(key=lambda t: (bool(t.planned.final), -t.planned.depth))
+        waiting.sort(key=_when_removed)
         for temporary in waiting:
             target = temporary.planned.mount.namespace.target.index
             operations = by_slot.setdefault(temporary.slot, [])
@@ -391,6 +390,18 @@ class Ledger:
         return [*removals, RemoveOp(service, directory, last, device, inode, parents, None)]
 
 
+def _when_removed(temporary: _Temporary) -> tuple[bool, int, bool]:
+    """Directories last, the innermost first: files lie in them, and they in one another.
+
+    Of several with one old name, first the one that has it, so that the others can have it too.
+    """
+    planned, placed = temporary.planned, temporary.placed
+    if not planned.final:
+        return False, 0, False
+    has_it = placed is not None and planned.final[placed.final] == planned.wanted[0]
+    return True, -planned.depth, not has_it
+
+
 def _owed(temporary: _Temporary) -> Owed:
     planned = temporary.planned
     return Owed(
@@ -425,9 +436,14 @@ def _temporary_ops(temporary: _Temporary) -> Iterable[RemoveOp]:
     # Without an answer it may have any of its names, and any of its parents may be new; the
     # identity decides about the names, and only empty directories are ever removed.
     names, parents = planned.final, planned.parents
+    wanted: tuple[bytes, ...] = ()
     if temporary.placed is not None:
-        names = (planned.final[temporary.placed.final],)
+        name = planned.final[temporary.placed.final]
         parents = parents[len(parents) - temporary.placed.made :]
+        # What it is called in /proc/PID/fd is the name that it had last.
+        better = planned.wanted
+        wanted = better[: better.index(name)] if name in better else better
+        names = (name, *wanted)
     for number, name in enumerate(names):
         yield RemoveOp(
             mount=planned.mount.service,
@@ -437,4 +453,5 @@ def _temporary_ops(temporary: _Temporary) -> Iterable[RemoveOp]:
             inode=inode,
             parents=parents if number == len(names) - 1 else (),
             times=planned.times_ns,
+            wanted=() if number else wanted,
         )

@@ -117,6 +117,9 @@ class Planner:
         self._linked_by: dict[LinkedBy, LinkedBy] = {}
         self._spots: dict[tuple[MountHandle, bytes], _Spot] = {}
         self._used: dict[tuple[int, bytes, bytes], GhostId] = {}
+        self._in_the_way: set[tuple[int, bytes]] | None = None
+        """Old names of files that no ghost lies below, as device and path inside it; worked out
+        for the first directory."""
         self._collect()
 
     # -- step one -------------------------------------------------------------------------------
@@ -410,11 +413,46 @@ class Planner:
         final: tuple[bytes, ...] = ()
         parents: tuple[bytes, ...] = ()
         if stat.S_ISDIR(first.ghost.mode):
-            final = self._names(first, spot) or usual_names(first.name)
+            final = self._final(first, self._names(first, spot))
             parents = spot.missing
         at = _make_made_at((mount, directory, self._prefix, parents, spot.group))
         at = self._made_at.setdefault(at, at)
         self._plan.ghosts[first.ghost.id] = _make_ghost((first.ghost, at, final))
+
+    def _final(self, opening: Opening, given: tuple[bytes, ...] | None) -> tuple[bytes, ...]:
+        """The names that a directory may wait under; `given` are those that its look left over.
+
+        It can have its old one as late as when it is removed (docs/design.md, D-032), so it waits
+        under another where a file is to be opened by that one, unless files are opened in it.
+        """
+        usual = usual_names(opening.name)
+        if self._policy.keep:
+            return given or usual
+        temporary = b"%s%x" % (self._prefix, opening.ghost.id)
+        if self._in_the_way is None:
+            self._in_the_way = self._names_of_files() - self._names_of_parents()
+        at = (opening.mount.mount.device, join(opening.mount.root, opening.directory))
+        if (at[0], join(at[1], opening.name)) in self._in_the_way:
+            return (*usual[1:], temporary, opening.name)
+        return (*usual, temporary)
+
+    def _names_of_files(self) -> set[tuple[int, bytes]]:
+        return {
+            (o.mount.mount.device, join(join(o.mount.root, o.directory), o.name))
+            for openings in self._wanted.values()
+            for o in openings
+            if not stat.S_ISDIR(o.ghost.mode)
+        }
+
+    def _names_of_parents(self) -> set[tuple[int, bytes]]:
+        parents: set[tuple[int, bytes]] = set()
+        for handle, directory in self._wanted:
+            planned = self._plan.mounts[handle]
+            at = (planned.mount.device, join(planned.root, directory))
+            while at[1] and at not in parents:
+                parents.add(at)
+                at = (at[0], at[1].rpartition(b"/")[0])
+        return parents
 
     def _first_place(
         self, openings: Sequence[Opening], looks: Mapping[tuple[MountHandle, bytes], Look]

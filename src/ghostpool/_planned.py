@@ -143,7 +143,7 @@ class PlannedGhost(NamedTuple):
     ghost: Ghost
     at: MadeAt
     final: tuple[bytes, ...]
-    """A directory ghost only: the old name, to which it is moved at once."""
+    """A directory ghost only: the names that it may be moved to at once, the first that is free."""
 
     @property
     def mount(self) -> PlannedMount:
@@ -182,8 +182,14 @@ class PlannedGhost(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Components above the final name: outer directories have a smaller one."""
-        return len([c for c in self.final_directory.split(b"/") if c])
+        """A directory ghost only: components above its name, inside the file system and not from
+        the root of whichever bind. Outer directories have fewer."""
+        return len([c for c in join(self.mount.root, self.final_directory).split(b"/") if c])
+
+    @property
+    def wanted(self) -> tuple[bytes, ...]:
+        """A directory ghost only: of its `final` names, those to go by, best first."""
+        return tuple(sorted((name for name in self.final if name != self.name), key=len))
 
     @property
     def times_ns(self) -> tuple[int, int] | None:

@@ -182,6 +182,8 @@ class RemoveOp(NamedTuple):
     """The last components of `directory` that go too if they are empty, outermost first."""
     times: tuple[int, int] | None
     """A directory's times, which working inside it has changed."""
+    wanted: tuple[bytes, ...] = ()
+    """A directory: names to go by, if nothing has them by then, best first."""
 
 
 class Removed(NamedTuple):

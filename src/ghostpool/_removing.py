@@ -75,6 +75,10 @@ class RemoveWork(Work):
         outer = len(components) - len(operation.parents)
         return [b"/".join(components[: n + 1]) for n in range(outer, len(components))]
 
+    def _rename(self, directory: int, old: bytes, new: bytes) -> None:
+        self._step = "renameat2"
+        _linux.renameat2(directory, old, directory, new, _linux.RENAME_NOREPLACE)
+
     def _remove_directory(self, operation: RemoveOp) -> None:
         self._directories.forget()
         self._step = "openat2"
@@ -90,5 +94,18 @@ class RemoveWork(Work):
                     _linux.utimens_fd(fd, *operation.times)
             finally:
                 os.close(fd)
+        name = operation.name
+        for wanted in operation.wanted:
+            try:
+                self._rename(directory, name, wanted)
+            except OSError:
+                continue  # taken, or a file system that can not: it goes by the name that it has
+            name = wanted
+            self._step = "fstatat"
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if (status.st_dev, status.st_ino) != (operation.device, operation.inode):
+                self._rename(directory, name, operation.name)
+                raise OSError(errno.ESTALE, "another directory has the name")
+            break
         self._step = "rmdir"
-        os.rmdir(operation.name, dir_fd=directory)
+        os.rmdir(name, dir_fd=directory)

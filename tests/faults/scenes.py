@@ -84,6 +84,8 @@ def _all_kinds() -> ImageSet:
     made.open(1, 7, "/data/link", ghost=link, flags=O_PATH | 0o400000)
     directory = made.ghost(mode=0o40750)
     made.open(2, 3, "/data/lost/dir", ghost=directory, flags=O_DIRECTORY)
+    again = made.ghost(mode=0o40700)
+    made.open(2, 6, "/data/lost/dir", ghost=again, flags=O_DIRECTORY)
     made.open(2, 4, "/data/lost/dir/inner", ghost=made.ghost(b"inside"))
     made.open(2, 5, "/data/there", ghost=made.ghost(b"again"))
     return made

@@ -129,8 +129,8 @@ def test_names_of_one_directory(directory: int) -> None:
     debt = debts["names", 4]
     assert debt.changes == 2
     assert [tuple(RemoveOp(*fields)) for fields in debt.removals] == [
-        (0, b"d", b"a", 0, 0, (), None),
-        (0, b"d", b"b", 2049, 78, (), None),
+        (0, b"d", b"a", 0, 0, (), None, ()),
+        (0, b"d", b"b", 2049, 78, (), None, ()),
     ]
     assert debts.undoing() == [("names", 4), ("mount", 0)]
     debts.settle("names")
