@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from ghostpool._model import (
         Descriptor,
         Extent,
+        FifoData,
         Ghost,
         GhostId,
         Holder,
@@ -106,6 +107,7 @@ __all__ = [
     "EventSink",
     "Extent",
     "Failed",
+    "FifoData",
     "FileOpened",
     "Ghost",
     "GhostCreated",
@@ -192,6 +194,7 @@ _HOME_OF = {
     "Event": "_events",
     "EventSink": "_followers",
     "Extent": "_model",
+    "FifoData": "_model",
     "Failed": "_events",
     "FileOpened": "_events",
     "Ghost": "_model",

@@ -17,7 +17,7 @@ from ghostpool._errors import (
 )
 from ghostpool._linux import Attr
 from ghostpool._match import Site
-from ghostpool._model import Ghost, RegFile
+from ghostpool._model import FifoData, Ghost, RegFile
 from ghostpool._mountinfo import LiveMount
 from ghostpool._paths import text
 from ghostpool._planned import Policy
@@ -26,6 +26,7 @@ _TMPFILE_BIT = os.O_TMPFILE & ~os.O_DIRECTORY
 _DROPPED_FLAGS = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_CLOEXEC
 _DEVICES = frozenset((stat.S_IFCHR, stat.S_IFBLK))
 _SETID = stat.S_ISUID | stat.S_ISGID
+_NEW_PIPE = 16 * os.sysconf("SC_PAGE_SIZE")
 _MOST_EXTENTS = 250_000
 """What fits one request to a worker; 1 GiB of which every other block is a hole has as many."""
 # Python says 0 on 64-bit machines, but fdinfo shows the kernel's own value there.
@@ -90,6 +91,25 @@ def _check_privileged(ghost: Ghost, policy: Policy) -> None:
             f"a setuid or setgid file (mode {stat.S_IMODE(ghost.mode):04o}), refused "
             "without --allow-setuid"
         )
+
+
+def check_fifo(data: FifoData, ghost: Ghost, policy: Policy) -> FifoData:
+    """What waited in a fifo, with the largest size up to its own that a pipe may have. PlanError.
+
+    Of a pipe whose size is not in the image, that of the bytes, if a new one does not take them.
+    """
+    if not stat.S_ISFIFO(ghost.mode):
+        raise PlanError(f"bytes wait in it, but {ghost.file} says mode {ghost.mode:o}: no fifo")
+    limit = policy.pipe_limit()
+    if data.length > limit:
+        raise PlanError(
+            f"{data.length} bytes waited in the fifo, but a pipe can hold no more than {limit} "
+            "(fs.pipe-max-size)"
+        )
+    size = data.pipe_size
+    if size is None:
+        return data._replace(pipe_size=data.length if data.length > _NEW_PIPE else None)
+    return data._replace(pipe_size=min(size, limit))
 
 
 def open_flags(file: RegFile, ghost: Ghost, mount: LiveMount) -> int:

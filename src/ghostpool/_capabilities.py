@@ -91,6 +91,7 @@ NEEDED: dict[str, int] = {
     "look": _SEARCH,
     "create": int(_FILES | Cap.MKNOD),
     "place": _NAMES,
+    "fill": _NAMES,
     "open": _NAMES,
     "open_discarded": _NAMES,
     "remove": _NAMES,

@@ -15,7 +15,7 @@ from typing import Any, Final
 from ghostpool._errors import ImageError, UnsupportedError
 from ghostpool._imagefile import ImageDirectory
 from ghostpool._limits import TEXT_LIMIT
-from ghostpool._model import RegFile, RegId, maker
+from ghostpool._model import FifoData, RegFile, RegId, maker
 from ghostpool._paths import is_image_path
 
 # enum fd_types, and the field of file_entry that holds the details.
@@ -129,18 +129,23 @@ def _socket_name(entry: Any) -> bytes:
     return name if name.startswith(b"/") or not base else base + b"/" + name
 
 
-def read_fifo_data(source: ImageDirectory, files: FileTable) -> dict[RegId, int]:
-    """How many bytes each fifo held at the dump, by the first reg file it was opened through."""
+def read_fifo_data(source: ImageDirectory, files: FileTable) -> dict[RegId, FifoData]:
+    """What each fifo held at the dump, by the first reg file it was opened through."""
     name = "fifo-data.img"
-    pending: dict[RegId, int] = {}
-    entries = source.records(name, "fifo-data", payload=attrgetter("bytes"))
-    for number, entry in enumerate(entries):
+    pending: dict[RegId, FifoData] = {}
+    entries = source.followed(name, "fifo-data", attrgetter("bytes"))
+    for number, (entry, position) in enumerate(entries):
         pipe = entry.pipe_id
         if pipe not in files.pipes:
             raise ImageError(name, number, f"pipe id {pipe} is that of no fifo in files.img")
         if files.pipes[pipe] in pending:
             raise ImageError(name, number, f"repeats pipe id {pipe}")
-        pending[files.pipes[pipe]] = entry.bytes
+        size = entry.size if entry.HasField("size") else None
+        if size is not None and entry.bytes > size:
+            raise ImageError(
+                name, number, f"{entry.bytes} bytes waited in a pipe whose size is {size}"
+            )
+        pending[files.pipes[pipe]] = FifoData(position, entry.bytes, size)
     return pending
 
 

@@ -121,13 +121,10 @@ class ImageDirectory:
             name, None, f"begins with {data[: len(head)].hex()}, a {kind} image with {head.hex()}"
         )
 
-    def records(
-        self, name: str, kind: str, *, payload: Callable[[Any], int] | None = None
-    ) -> Iterator[Any]:
+    def records(self, name: str, kind: str) -> Iterator[Any]:
         """The records of a list image in file order; nothing if the file is absent.
 
-        `payload` says how many raw bytes follow a record; they are checked to be there and
-        skipped. Absent and without a record mean the same to CRIU.
+        Absent and without a record mean the same to CRIU.
         """
         parse = message_class(_KINDS[kind][1])
         window = self.window(name, kind, _WINDOW)
@@ -138,21 +135,39 @@ class ImageDirectory:
             at = self.check_head(name, kind, image.read(0, 8 if self._two_magics else 4))
             number = 0
             while at < size:
-                pieces, after = image.records(at) if payload is None else ([], at)
+                pieces, after = image.records(at)
                 if pieces:
                     yield from decode_all(parse, pieces, name, number)
                     number += len(pieces)
                     at = after
                     continue
                 message, at = image.record(parse, number, at)
-                if payload is not None:
-                    skip = payload(message)
-                    if skip > size - at:
-                        raise ImageError(
-                            name, number, f"{skip} bytes of data should follow, {size - at} do"
-                        )
-                    at += skip
                 yield message
+                number += 1
+
+    def followed(
+        self, name: str, kind: str, payload: Callable[[Any], int]
+    ) -> Iterator[tuple[Any, int]]:
+        """The same of an image whose records raw bytes follow, and where these are.
+
+        `payload` says how many; they are checked to be there and stepped over.
+        """
+        parse = message_class(_KINDS[kind][1])
+        window = self.window(name, kind, _WINDOW)
+        if window is None:
+            return
+        with window as image:
+            at = self.check_head(name, kind, image.read(0, 8 if self._two_magics else 4))
+            number = 0
+            while at < image.size:
+                message, at = image.record(parse, number, at)
+                length, left = payload(message), image.size - at
+                if length > left:
+                    raise ImageError(
+                        name, number, f"{length} bytes of data should follow, {left} do"
+                    )
+                yield message, at
+                at += length
                 number += 1
 
     def one(self, name: str, kind: str, *, absent: str | None = None) -> Any:

@@ -89,7 +89,7 @@ class Telling:
     def finish(self, images: Images) -> None:
         """All that comes after the ghosts, and the end."""
         self._tell("extents", _further_extents(images))
-        self._tell("fifos", map(list, images.pending_fifo_bytes.items()))
+        self._tell("fifos", ([reg, *data] for reg, data in images.fifo_data.items()))
         self._tell("sockets", map(_plain, images.deleted_sockets))
         self._flush()
         self._say("end", [])

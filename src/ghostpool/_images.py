@@ -134,7 +134,7 @@ def _read(
         mounts=mounts,
         root_namespace=tasks[0].namespace,
         own_user_namespace=own_user_namespace,
-        pending_fifo_bytes=read_fifo_data(source, files),
+        fifo_data=read_fifo_data(source, files),
         deleted_sockets=tuple(files.deleted_sockets),
     )
 

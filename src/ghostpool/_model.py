@@ -134,6 +134,17 @@ class Remap(NamedTuple):
     """Id of a ghost or of a reg file, or a pid: by `kind`."""
 
 
+class FifoData(NamedTuple):
+    """What waited in a fifo: `length` bytes at `position` of fifo-data.img."""
+
+    position: int
+    """Bytes from the beginning of the image."""
+    length: int
+    """Bytes; there may be none."""
+    pipe_size: int | None
+    """Size of the pipe's buffer in bytes, if the image says so."""
+
+
 class Descriptor(NamedTuple):
     """One row of a task's fdinfo that leads to a reg file (directly, or as a fifo or tty)."""
 
@@ -211,7 +222,7 @@ class Images(NamedTuple):
     root_namespace: NsId
     own_user_namespace: bool
     """Ids in the images are those inside a dumped user namespace."""
-    pending_fifo_bytes: Mapping[RegId, int] = MappingProxyType({})
-    """Saved bytes of fifos, by the reg file of the fifo."""
+    fifo_data: Mapping[RegId, FifoData] = MappingProxyType({})
+    """What waited in fifos, by the first reg file in the image that the fifo was opened through."""
     deleted_sockets: tuple[bytes, ...] = ()
     """Names of bound UNIX sockets whose path was gone."""

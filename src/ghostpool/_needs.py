@@ -35,7 +35,7 @@ class Counts(NamedTuple):
     """Each may get a private clone."""
     opens: int
     held: int
-    """Opened files that are held until the end."""
+    """Opened files that are held until the end, and fifos that are kept open."""
     directories: int
     tasks: int
     most_of_task: int

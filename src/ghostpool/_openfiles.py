@@ -15,6 +15,7 @@ import anyio
 
 from ghostpool._batches import batches, failed, in_slots, new_room, one_ahead
 from ghostpool._errors import BarrierBroken
+from ghostpool._fifos import FifoFiller
 from ghostpool._followers import Events
 from ghostpool._guard import Key
 from ghostpool._ledger import Ledger
@@ -59,6 +60,7 @@ class Opener:
         ledger: Ledger,
         slots: Mapping[tuple[int, int], int],
         restored: Restored,
+        fifos: FifoFiller,
         events: Events,
         *,
         keep: bool,
@@ -69,6 +71,7 @@ class Opener:
         self._ledger = ledger
         self._slots = slots
         self._restored = restored
+        self._fifos = fifos
         self._events = events
         self._keep = keep
         self._files = files
@@ -161,6 +164,7 @@ class Opener:
                 if self._files == "held" or not operation.move
             )
             self._restored.fds.update(zip(held, fds, strict=True))
+        self._fifos.opened(opens)
         self._restored.opened += len(opens)
         for planned, (_, left) in zip(opens, answers, strict=True):
             mount = planned.opening.mount

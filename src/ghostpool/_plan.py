@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ghostpool._admission import (
+    check_fifo,
     check_ghost,
     check_mount,
     is_privileged,
@@ -209,11 +210,8 @@ class Planner:
             )
         site = self._matcher.site(file)
         mount, flags = self._admitted(file, ghost, site)
-        pending = self._images.pending_fifo_bytes.get(file.id, 0)
-        if pending:
-            self._plan.warnings.append(
-                f"{text(file.name)}: {pending} bytes that waited in the fifo are not restored yet"
-            )
+        if file.id in self._images.fifo_data:
+            self._collect_fifo(file, ghost)
         at = _make_opened_at((mount, site.directory, flags, held[file.id]))
         opening = _make_opening((file, ghost, self._opened_at.setdefault(at, at)))
         key = mount.handle, site.directory
@@ -224,6 +222,24 @@ class Planner:
         self._openings[file.id] = opening
         if self._first.setdefault(ghost.id, opening) is not opening:
             self._more.setdefault(ghost.id, []).append(opening)
+
+    def _collect_fifo(self, file: RegFile, ghost: Ghost) -> None:
+        if self._policy.keep:
+            length = self._images.fifo_data[file.id].length
+            if length:
+                self._plan.warnings.append(
+                    f"{text(file.name)}: {length} bytes that waited in the fifo are lost: a fifo "
+                    "that nobody holds open keeps none"
+                )
+            return
+        data = check_fifo(self._images.fifo_data[file.id], ghost, self._policy)
+        wanted = self._images.fifo_data[file.id].pipe_size
+        if wanted is not None and data.pipe_size != wanted:
+            self._plan.warnings.append(
+                f"{text(file.name)}: its pipe held up to {wanted} bytes, and can hold no more than "
+                f"{data.pipe_size} here (fs.pipe-max-size)"
+            )
+        self._plan.fifos[ghost.id] = data
 
     def _admitted(self, file: RegFile, ghost: Ghost, site: Site) -> tuple[PlannedMount, int]:
         """The mount of a site and the flags to open a file there with, checked once per mount."""
@@ -265,7 +281,7 @@ class Planner:
             namespaces=len({n.target.index for n in self._namespaces.values()}),
             mounts=len(self._plan.mounts),
             opens=len(self._openings),
-            held=self._held(files),
+            held=self._held(files) + len(self._plan.fifos),
             directories=len(self._wanted),
             tasks=len(self._images.tasks),
             most_of_task=max(map(len, numbers), default=0),

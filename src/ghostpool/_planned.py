@@ -17,9 +17,19 @@ from ghostpool._errors import (
     UnsupportedError,
 )
 from ghostpool._match import Namespace
-from ghostpool._model import Ghost, GhostId, Images, MountHandle, RegFile, Task, service_of
+from ghostpool._model import (
+    FifoData,
+    Ghost,
+    GhostId,
+    Images,
+    MountHandle,
+    RegFile,
+    Task,
+    service_of,
+)
 from ghostpool._mountinfo import LiveMount
 from ghostpool._paths import join, text
+from ghostpool._pipelimit import pipe_limit
 
 Strategy = Literal["remount", "detached"]
 """How a task's read-only mount takes the old name of a ghost: it is made writable for that long, or
@@ -47,6 +57,8 @@ class Policy(NamedTuple):
     strategy: Strategy = "remount"
     mapped: Callable[[int, int], bool] = lambda uid, gid: True
     """Whether this process's user namespace has such an owner."""
+    pipe_limit: Callable[[], int] = pipe_limit
+    """The largest buffer of a pipe."""
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -302,6 +314,8 @@ class Plan:
     strategy: Strategy = "remount"
     mounts: dict[MountHandle, PlannedMount] = field(default_factory=dict)
     ghosts: dict[GhostId, PlannedGhost] = field(default_factory=dict)
+    fifos: dict[GhostId, FifoData] = field(default_factory=dict)
+    """What waited in ghost fifos, and is put back; with a size of the pipe that it can have."""
     tasks: list[PlannedTask] = field(default_factory=list)
     privileged: list[Privileged] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)

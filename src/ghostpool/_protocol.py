@@ -134,6 +134,23 @@ class Placed(NamedTuple):
     """How many of the parents, counted from the innermost, were made for it."""
 
 
+class FillOp(NamedTuple):
+    """Put back what waited in a fifo, which lies under its temporary name."""
+
+    mount: int
+    directory: bytes
+    name: bytes
+    device: int
+    inode: int
+    image: bytes
+    position: int
+    """Where the bytes are in the image."""
+    length: int
+    size: int
+    """Of the pipe's buffer; 0: as the kernel makes it."""
+    times: tuple[int, int] | None
+
+
 class OpenOp(NamedTuple):
     """Give a ghost its old name, open it through the task's mount, take the name away again."""
 

@@ -25,6 +25,7 @@ from ghostpool._model import (
     TARGET_MAX,
     Descriptor,
     Extent,
+    FifoData,
     Ghost,
     GhostId,
     Holder,
@@ -199,7 +200,7 @@ class Rebuild:
         self._tables: dict[int, _Table] = {}
         self._tasks: dict[Pid, tuple[Pid, NsId, int]] = {}
         self._holders: dict[Pid, list[Holder]] = {}
-        self._fifos: dict[RegId, int] = {}
+        self._fifos: dict[RegId, FifoData] = {}
         self._sockets: list[bytes] = []
 
     @property
@@ -263,7 +264,7 @@ class Rebuild:
             mounts={namespace: tuple(table) for namespace, table in self._mounts.items()},
             root_namespace=self._root_namespace,
             own_user_namespace=self._own_user_namespace,
-            pending_fifo_bytes=self._fifos,
+            fifo_data=self._fifos,
             deleted_sockets=tuple(self._sockets),
         )
 
@@ -478,8 +479,13 @@ class Rebuild:
             so_far += self._extents(ghost.file, covered, ghost.size, flat)
 
     def _add_fifos(self, rows: Rows) -> None:
-        for reg, pending in rows:
-            self._fifos[RegId(_known(reg, self._files, "file"))] = _number(pending)
+        self._count("fifo-data", len(rows))
+        for reg, position, length, size in rows:
+            self._fifos[RegId(_known(reg, self._files, "file"))] = FifoData(
+                _number(position, _U63 - _U32),
+                _number(length, _U32 if size is None else _number(size)),
+                size,
+            )
 
     def _add_sockets(self, rows: Rows) -> None:
         self._count("fifo-data", len(rows))

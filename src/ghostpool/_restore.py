@@ -20,6 +20,7 @@ from ghostpool._apart import apart
 from ghostpool._barrier import TaskBarrier
 from ghostpool._createghosts import Creator, content_of
 from ghostpool._errors import BarrierBroken, RevertError, first_cause, reportable, without_echoes
+from ghostpool._fifos import FifoFiller
 from ghostpool._followers import NOBODY, Events
 from ghostpool._guard import Guard
 from ghostpool._lease import LeaseStatistics, MountLeases
@@ -78,8 +79,11 @@ class Restoration:
         self._ledger = Ledger(pool, plan.mounts, guard)
         slots = assign_slots(self._weights(), pool.jobs)
         self._creator = Creator(plan, pool, self._ledger, slots, events, own_owner=own_owner)
+        self._fifos = FifoFiller(plan, pool, self._ledger, slots)
         self._opener = Opener(
-            plan, pool, self._ledger, slots, self.restored, events, keep=keep, files=files
+            *(plan, pool, self._ledger, slots, self.restored, self._fifos, events),
+            keep=keep,
+            files=files,
         )
         self._by_file: dict[RegId, PlannedOpen] | None = None
         """Where each file is opened, once a task asks for what it has in common with others."""
@@ -114,6 +118,7 @@ class Restoration:
             try:
                 await self._service.enter_async_context(self._leases.hold(self.plan.service_leases))
                 await self._creator.create()
+                await self._fifos.fill()
                 yield
                 if not self.restored.complete:
                     raise self._left_early()
@@ -128,6 +133,7 @@ class Restoration:
             await unbroken(self._close)
 
     async def _close(self) -> None:
+        self._fifos.close()
         # Each may be the last of a file, which goes with it, as long as that may be.
         content = sum(map(content_of, self.plan.ghosts.values())) if self.restored.fds else 0
         pieces = len(self.restored.fds) + content // _WEIGHT_BYTES

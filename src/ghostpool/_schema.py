@@ -45,7 +45,7 @@ _MESSAGES: Final = {
     "file_entry": """
         1 r int32 type, 2 r uint32 id, 3 o reg_file_entry reg, 16 o unix_sk_entry usk,
         17 o fifo_entry fifo, 19 o tty_file_entry tty""",
-    "pipe_data_entry": "1 r uint32 pipe_id, 2 r uint32 bytes",
+    "pipe_data_entry": "1 r uint32 pipe_id, 2 r uint32 bytes, 3 o uint32 size",
     "remap_file_path_entry": "1 r uint32 orig_id, 2 r uint32 remap_id, 3 o int32 remap_type",
     "timeval": "1 r uint64 tv_sec, 2 r uint64 tv_usec",
     "ghost_file_entry": """

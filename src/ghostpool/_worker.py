@@ -21,6 +21,7 @@ from ghostpool._capabilities import ENTER, NEEDED, WORKER, Cap, Capabilities
 from ghostpool._creating import CreateWork
 from ghostpool._directories import Directories
 from ghostpool._failed import Failed, Work
+from ghostpool._filling import FillWork
 from ghostpool._mountwork import MountWork
 from ghostpool._opening import OpenWork
 from ghostpool._protocol import MAX_FDS, BlockingChannel, EndOfStream, Failure, Report
@@ -47,6 +48,7 @@ class Worker(Work):
         directories = Directories(self._mounts)
         mounts = MountWork(self._mounts, own_fds, mount_setattr)
         creating = CreateWork(directories, own_fds)
+        filling = FillWork(directories, own_fds)
         opening = OpenWork(directories, own_fds)
         # Every request gets a list for the descriptors that go back with its result.
         requests: dict[str, Callable[..., Any]] = {
@@ -61,6 +63,7 @@ class Worker(Work):
             "forget_directories": directories.do_forget_directories,
             "create": lambda out, operations: creating.do_create(out, operations, *self.given),
             "place": creating.do_place,
+            "fill": lambda out, operations: filling.do_fill(out, operations, *self.given),
             "open": opening.do_open,
             "open_discarded": opening.do_open_discarded,
             "remove": RemoveWork(directories).do_remove,

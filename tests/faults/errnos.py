@@ -23,6 +23,7 @@ _TABLE = {
     "fchown": "EIO ENOMEM ENOSPC EDQUOT EPERM EROFS EINVAL EOVERFLOW",
     "fchownat": f"{_PATH} ENOSPC EDQUOT EROFS EINVAL EOVERFLOW",
     "fcntl": "EPERM",
+    "fcntl of the pipe": "EBUSY ENOMEM EPERM",
     "fdatasync": "EDQUOT EIO ENOSPC EROFS EINTR",
     "flock": "EAGAIN EINTR ENOLCK",
     "fork": "EAGAIN ENOMEM EPERM",
@@ -55,6 +56,7 @@ _TABLE = {
     "symlinkat": _NEW_NAME,
     "unlinkat": f"{_PATH} EBUSY EISDIR EROFS ENOSPC",
     "utimensat": f"{_PATH} EROFS ENOSPC EDQUOT ENOSYS EOPNOTSUPP",
+    "write to the pipe": "EAGAIN EINTR ENOMEM",
 }
 
 ERRNOS: dict[str, tuple[int, ...]] = {

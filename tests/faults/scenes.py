@@ -80,6 +80,7 @@ def _all_kinds() -> ImageSet:
     made.open(1, 4, "/data/gone/deep/plain", ghost=made.ghost(b"content", uid=7), flags=O_NOFOLLOW)
     made.open(1, 5, "/data/taken", ghost=made.ghost(b"ghost"))
     made.open_fifo(1, 6, "/data/pipe", ghost=made.ghost(mode=0o10640))
+    made.fifo_data(77, b"waiting", size=131072)
     link = made.ghost(mode=0o120777, target="away")
     made.open(1, 7, "/data/link", ghost=link, flags=O_PATH | 0o400000)
     directory = made.ghost(mode=0o40750)

@@ -162,8 +162,8 @@ def expected(entry: Entry, taken: set[str]) -> Entry:
     for key in ("sha256", "target"):
         if key in entry:
             wanted[key] = entry[key]
-    if entry.get("pending"):
-        del wanted["mtime"]  # the bytes that were written into the fifo changed it
+    if "pending" in entry:
+        wanted["pending"] = entry["pending"]
     return wanted
 
 
@@ -186,6 +186,7 @@ def found(
         "rdev": facts["rdev"],
         "sha256": content.get("sha256"),
         "target": content.get("target"),
+        "pending": facts.get("pending"),
     }
     return {key: everything[key] for key in wanted}
 

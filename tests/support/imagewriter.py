@@ -323,11 +323,18 @@ class ImageSet:
         return reg
 
     def open_fifo(
-        self, pid: int, fd: int, name: str, *, ghost: int | None = None, pipe: int = 77
+        self,
+        pid: int,
+        fd: int,
+        name: str,
+        *,
+        ghost: int | None = None,
+        pipe: int = 77,
+        flags: int = O_RDWR,
     ) -> int:
         """An open fifo: a satellite reg file and the fifo itself; returns the reg id."""
         mode = 0o10644 if ghost is None else self._ghosts[ghost].mode
-        reg = self.reg(name, ns=self._task(pid).ns, flags=O_RDWR, mode=mode)
+        reg = self.reg(name, ns=self._task(pid).ns, flags=flags, mode=mode)
         fifo = next(self._ids)
         self.file(FIFO, fifo, (17, message((1, fifo), (2, pipe), (3, reg))))
         self.fd(pid, fd, fifo, kind=FIFO)
@@ -342,9 +349,9 @@ class ImageSet:
         self.fd(pid, fd, sock, kind=UNIXSK)
         return sock
 
-    def fifo_data(self, pipe: int, data: bytes) -> None:
-        """Bytes that a fifo held."""
-        self._fifo_data.append(record(message((1, pipe), (2, len(data))), data))
+    def fifo_data(self, pipe: int, data: bytes, *, size: int | None = None) -> None:
+        """Bytes that a fifo held, and how many it could hold."""
+        self._fifo_data.append(record(message((1, pipe), (2, len(data)), (3, size)), data))
 
     def map(self, pid: int, start: int, end: int, reg: int, *, status: int = 0x41) -> None:
         """A mapping of a file; status 0x41 is a private one."""

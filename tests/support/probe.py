@@ -8,12 +8,15 @@ after DIR. Standard library only; it must run in a bare interpreter.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import resource
 import stat
+import struct
 import sys
+import termios
 from typing import Any
 
 _CHUNK = 1 << 20
@@ -42,10 +45,16 @@ def fdinfo(fd: int) -> dict[str, int]:
     }
 
 
+def pending(fd: int) -> dict[str, int]:
+    """How many bytes wait in a pipe: ioctl(2), FIONREAD."""
+    return {"pending": struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]}
+
+
 def facts_of(fd: int) -> dict[str, Any]:
     """All that can be known without reading."""
     status = os.fstat(fd)
     return {
+        **(pending(fd) if stat.S_ISFIFO(status.st_mode) else {}),
         **fdinfo(fd),
         "link": os.readlink(f"/proc/self/fd/{fd}"),
         "mode": status.st_mode,

@@ -50,7 +50,7 @@ def made() -> Images:
     images.open(1, 4, "/data/link", ghost=images.ghost(mode=0o120777, target="to"))
     images.open(2, 3, "/data/device", ghost=images.ghost(mode=0o20600, rdev=259))
     images.open_fifo(1, 5, "/data/fifo", ghost=images.ghost(mode=0o10600), pipe=9)
-    images.fifo_data(9, b"abc")
+    images.fifo_data(9, b"abc", size=4096)
     images.socket(1, 6, b"/run/gone")
     images.link(images.open(2, 8, "/linked"), "/")
     images.map(1, 0x1000, 0x2000, images.open(1, 9, "/data/mapped", ghost=images.ghost(b"x")))
@@ -140,7 +140,10 @@ LIES: list[tuple[str, int, int, Any, str]] = [
     ("holders", 0, 1, "map:0-1\n", "in no known way"),
     ("holders", 0, 2, 1, "a reference to remapped file 1"),
     ("fifos", 0, 0, 9999, "a reference to file 9999"),
-    ("fifos", 0, 1, U32, "is no number"),
+    ("fifos", 0, 1, 1 << 63, "is no number"),
+    ("fifos", 0, 2, U32, "is no number"),
+    ("fifos", 0, 3, U32, "is no number"),
+    ("fifos", 0, 3, 2, "is no number"),
 ]
 
 

@@ -211,7 +211,8 @@ class TestCorpus:
         pending = {
             reg.id: fd["pending"] for _, fd, reg in described(images, truth) if fd.get("pending")
         }
-        assert images.pending_fifo_bytes == pending
+        found = {reg: data.length for reg, data in images.fifo_data.items() if data.length}
+        assert found == pending
 
 
 def _length(key: str) -> int:

@@ -343,6 +343,13 @@ CONTRADICTIONS: dict[str, tuple[Change, str]] = {
         ),
         "fifo-data.img, record 1: repeats pipe id 77",
     ),
+    "more fifo data than its pipe": (
+        steps(
+            lambda made: made.open_fifo(1, 8, "/data/f"),
+            lambda made: made.fifo_data(77, b"12345", size=4),
+        ),
+        "fifo-data.img, record 0: 5 bytes waited in a pipe whose size is 4",
+    ),
     "fifo data cut": (
         put("fifo-data.img", record(message((1, 3), (2, 5)), b"four")),
         "fifo-data.img, record 0: 5 bytes of data should follow, 4 do",

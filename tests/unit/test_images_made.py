@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ghostpool._images import read_images
-from ghostpool._model import HOST_NS, NsId
+from ghostpool._model import HOST_NS, NsId, RegId
 from tests.support.corpus import content
 from tests.support.imagewriter import (
     LINKED,
@@ -97,11 +97,14 @@ def test_a_fifo_is_reached_through_its_reg_file(tmp_path: Path) -> None:
     ghost = made.ghost(mode=0o10600)
     reg = made.open_fifo(1, 5, "/data/fifo", ghost=ghost, pipe=9)
     made.open_fifo(1, 6, "/data/fifo", ghost=ghost, pipe=9)
-    made.fifo_data(9, b"pending")
+    made.fifo_data(9, b"pending", size=4096)
     images = read_images(made.write(tmp_path))
     assert [row.fifo for row in images.tasks[0].descriptors] == [False, False, True, True]
     assert images.tasks[0].descriptors[2].reg_id == reg
-    assert images.pending_fifo_bytes == {reg: 7}
+    data = images.fifo_data[RegId(reg)]
+    assert (list(images.fifo_data), data.length, data.pipe_size) == ([reg], 7, 4096)
+    image = (tmp_path / "fifo-data.img").read_bytes()
+    assert image[data.position :] == b"pending"
 
 
 def test_a_terminal_is_reached_through_its_reg_file(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ LAYERS = [
     "_recover _report _restore _signals",
     "_undoing",
     "_createghosts _openfiles _survey",
+    "_fifos",
     "_batches _ledger _mountkernel _restored",
     "_guard _mend",
     "_pool _serve",
@@ -50,13 +51,13 @@ LAYERS = [
     "_imagemounts",
     "_channel _consumer _imagefile _launch _stall",
     "_eventfile _imagesource _listenfds _progress _schema _tracing",
-    "_apart _followers _unbroken _limits _model _mounttable _rlimit",
+    "_apart _followers _unbroken _limits _model _mounttable _pipelimit _rlimit",
     "_columns _paths",
     "_events",
     "_forkserver",
     "_build _command _guardian",
     "_worker",
-    "_buildfiles _creating _descriptors _mountwork _opening _removing",
+    "_buildfiles _creating _descriptors _filling _mountwork _opening _removing",
     "_directories _journal",
     "_failed",
     "_confine _protocol",
@@ -65,7 +66,7 @@ LAYERS = [
 ]
 CHILD_SIDE = """
     _forkserver _guardian _build _command _descriptors _worker
-    _buildfiles _creating _mountwork _opening _removing
+    _buildfiles _creating _filling _mountwork _opening _removing
     _directories _failed _journal _protocol _confine _buildspec _identity _mountinfo
     _capabilities _seal
 """
