@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from ghostpool._errors import GhostpoolError, PlanError
-from ghostpool._imagecommands import inspect
+from ghostpool._imagecommands import extract, inspect
 from ghostpool._options import (
     CAPABILITY,
     SIZE,
@@ -45,6 +45,7 @@ def cli() -> None:
     """Bring back the ghost files of CRIU checkpoints."""
 
 
+cli.add_command(extract)
 cli.add_command(inspect)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -12,6 +13,7 @@ import click
 from ghostpool._errors import GhostpoolError
 from ghostpool._options import SIZE
 from ghostpool._outcome import EXIT_INTERRUPTED, exit_status, explain
+from ghostpool._paths import text
 
 
 def image_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,4 +98,40 @@ def inspect(**options: Any) -> None:
         show_images(document)
 
 
-__all__ = ["inspect"]
+@click.command()
+@image_options
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="DIR",
+    help="Directory for the files: a new one, or an empty one.",
+)
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="ID|GLOB",
+    help="Only the ghost of this number, or those with such an old path; repeatable.",
+)
+def extract(**options: Any) -> None:
+    """Write the contents of ghost files into DIR, with their holes, and a manifest.
+
+    IMAGES is the directory of the images. What is no regular file is in the manifest only. Needs
+    no privilege besides reading the images.
+    """
+    from ghostpool._extract import MANIFEST
+    from ghostpool._extract import extract as extract_ghosts
+
+    path, output = images_path(options), options["output"]
+
+    async def story() -> None:
+        done = await extract_ghosts(path, output, options["only"], max_size=options["max_size"])
+        others = f"; {done.others} without content in {MANIFEST} only" if done.others else ""
+        files = "1 file" if done.files == 1 else f"{done.files} files"
+        where = text(os.fsencode(output))
+        click.echo(f"{files}, {done.content:,} bytes of content, in {where}{others}")
+
+    outcome_of(story)
+
+
+__all__ = ["extract", "inspect"]

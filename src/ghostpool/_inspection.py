@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+from binascii import b2a_base64
 from collections.abc import Container, Sequence
 from typing import Any, Final
 
@@ -61,7 +62,7 @@ def inspection(images: Images) -> dict[str, Any]:
     def name_of(remap: Remap) -> dict[str, Any]:
         file = images.files[remap.origin]
         return {
-            "path": text(file.name),
+            **_spelled("path", file.name),
             "file": file.id,
             "position": file.position,
             **_flags(file.flags),
@@ -80,7 +81,7 @@ def inspection(images: Images) -> dict[str, Any]:
             for ghost in sorted(images.ghosts)
         ],
         "link_remaps": [
-            {**name_of(remap), "hidden": text(images.files[RegId(remap.target)].name)}
+            {**name_of(remap), **_spelled("hidden", images.files[RegId(remap.target)].name)}
             for remap in by_kind["linked"]
         ],
         "procfs": [{**name_of(remap), "pid": remap.target} for remap in by_kind["procfs"]],
@@ -160,10 +161,18 @@ def _ghost(ghost: Ghost, names: list[dict[str, Any]]) -> dict[str, Any]:
         "names": names,
     }
     if ghost.target is not None:
-        document["target"] = text(ghost.target)
+        document.update(_spelled("target", ghost.target))
     if ghost.rdev is not None:
         document["device"] = [os.major(ghost.rdev), os.minor(ghost.rdev)]
     return document
+
+
+def _spelled(key: str, path: bytes) -> dict[str, str]:
+    """A path as text; and as it is, where a terminal could not show that."""
+    shown = text(path)
+    if shown.encode() == path:
+        return {key: shown}
+    return {key: shown, f"{key}_base64": b2a_base64(path, newline=False).decode()}
 
 
 def _seconds(microseconds: int | None) -> float | None:

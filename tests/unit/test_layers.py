@@ -31,7 +31,7 @@ LAYERS = [
     "_deliver _makeplan _openrestore _show",
     "_openpool",
     "_request",
-    "_openimages _openleases _opensandbox _run",
+    "_extract _openimages _openleases _opensandbox _run",
     "_leftovers",
     "_recover _report _restore _signals",
     "_undoing",
