@@ -1,18 +1,22 @@
-"""files.img: every open file of the dump, by what the other images refer to it with.
+"""Every open file of the dump, by what the other images refer to it with.
 
 A reference is a type and an id, and leads to a reg file directly or, for fifos and terminals,
 through the satellite that they were opened by. Sockets, pipes and the rest are only counted as
 present, so that an image that was cut between two records is noticed by those who refer to it.
+
+They are in files.img; in reg-files.img, fifo.img and so on, one for each type, before CRIU 3.4,
+where an id was of one type only. As CRIU does, the lists are read if files.img has no record.
 Source: CRIU 4.2, images/fdinfo.proto, regfile.proto, fifo.proto, tty.proto, sk-unix.proto.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Final
 
-from ghostpool._errors import ImageError, UnsupportedError
+from ghostpool._errors import ImageError
 from ghostpool._imagefile import ImageDirectory
 from ghostpool._limits import TEXT_LIMIT
 from ghostpool._model import FifoData, RegFile, RegId, maker
@@ -24,6 +28,26 @@ FD_TYPE_FIFO: Final = 3
 _UNIXSK: Final = 5
 _TTY: Final = 11
 _DETAILS: Final = {FD_TYPE_REG: "reg", FD_TYPE_FIFO: "fifo", _UNIXSK: "usk", _TTY: "tty"}
+# The lists of CRIU before 3.4.
+_LISTS: Final = {
+    FD_TYPE_REG: "reg-files",
+    2: "pipes",
+    FD_TYPE_FIFO: "fifo",
+    4: "inetsk",
+    _UNIXSK: "unixsk",
+    6: "eventfd",
+    7: "eventpoll",
+    8: "inotify",
+    9: "signalfd",
+    10: "packetsk",
+    _TTY: "tty",
+    12: "fanotify",
+    13: "netlinksk",
+    14: "ns-files",
+    15: "tunfile",
+    16: "ext-files",
+    17: "timerfd",
+}
 
 _make_reg: Final = maker(RegFile)
 _NO_SEEK: Final = (1 << 64) - 1
@@ -32,8 +56,10 @@ _NO_MOUNT: Final = -1
 
 @dataclass(slots=True)
 class FileTable:
-    """files.img, by what the other images refer to it with."""
+    """All open files, by what the other images refer to them with."""
 
+    listed: bool = False
+    """They are in one list for each type."""
     regs: dict[RegId, RegFile] = field(default_factory=dict)
     records: dict[RegId, int] = field(default_factory=dict)
     others: dict[tuple[int, int], RegId | None] = field(default_factory=dict)
@@ -42,12 +68,16 @@ class FileTable:
     """Reg file of the first fifo in the image with a pipe_id."""
     deleted_sockets: list[bytes] = field(default_factory=list)
 
+    def image(self, kind: int = FD_TYPE_REG) -> str:
+        """The image that files of a kind are in, or would be."""
+        return f"{_LISTS.get(kind, 'files')}.img" if self.listed else "files.img"
 
-def read_files(source: ImageDirectory) -> FileTable:
-    """Read files.img. UnsupportedError: the lists of CRIU before 3.4, one for each type."""
+
+def read_files(source: ImageDirectory, flags_of: Callable[[int], int] | None = None) -> FileTable:
+    """Read all open files. `flags_of` makes flags for open(2) of theirs, if they are no such."""
     name = "files.img"
     files = FileTable()
-    satellites: list[tuple[int, Any]] = []
+    satellites: list[tuple[int, int, Any]] = []
     regs, others = files.regs, files.others
     for number, entry in enumerate(source.records(name, "files")):
         kind, ident = entry.type, entry.id
@@ -65,43 +95,68 @@ def read_files(source: ImageDirectory) -> FileTable:
             if inner.id != ident:
                 raise ImageError(name, number, f"file id {ident} holds an entry of id {inner.id}")
         if kind == FD_TYPE_REG:
-            regs[ident] = _reg(name, number, inner)
+            regs[ident] = _reg(name, number, inner, flags_of)
             files.records[ident] = number
             continue
         others[kind, ident] = None
         if kind != _UNIXSK:
-            satellites.append((number, entry))
+            satellites.append((number, kind, inner))
         elif inner.deleted:
             files.deleted_sockets.append(_socket_name(inner))
     if not regs and not others:
-        if "reg-files.img" in source.names:
-            raise UnsupportedError(f"{name}: images of a CRIU older than 3.4 are not supported")
+        satellites = _read_lists(source, files, flags_of)
+    if not regs and not others:
         state = "holds no file" if name in source.names else "is missing"
         raise ImageError(name, None, f"{state}, but every task has files")
-    for number, entry in satellites:
-        _follow(name, number, entry, files)
+    for number, kind, inner in satellites:
+        _follow(number, kind, inner, files)
     return files
 
 
-def _follow(name: str, number: int, entry: Any, files: FileTable) -> None:
+def _read_lists(
+    source: ImageDirectory, files: FileTable, flags_of: Callable[[int], int] | None
+) -> list[tuple[int, int, Any]]:
+    """Read the lists of CRIU before 3.4; the satellites are followed later, as above."""
+    satellites = []
+    files.listed = "reg-files.img" in source.names
+    for kind, listed in _LISTS.items() if files.listed else ():
+        name = files.image(kind)
+        for number, inner in enumerate(source.records(name, listed, counted="files")):
+            ident = inner.id
+            if ident in files.regs if kind == FD_TYPE_REG else (kind, ident) in files.others:
+                raise ImageError(name, number, f"repeats file id {ident}")
+            if kind == FD_TYPE_REG:
+                files.regs[ident] = _reg(name, number, inner, flags_of)
+                files.records[ident] = number
+                continue
+            files.others[kind, ident] = None
+            if kind in (FD_TYPE_FIFO, _TTY):
+                satellites.append((number, kind, inner))
+            elif kind == _UNIXSK and inner.deleted:
+                files.deleted_sockets.append(_socket_name(inner))
+    return satellites
+
+
+def _follow(number: int, kind: int, inner: Any, files: FileTable) -> None:
     """Note the reg file that a fifo or a terminal was opened through."""
-    inner = entry.fifo if entry.type == FD_TYPE_FIFO else entry.tty
     named = inner.HasField("regf_id")
     reg = RegId(inner.regf_id if named else inner.id)
     if reg not in files.regs:
-        if entry.type == _TTY and not named:
+        if kind == _TTY and not named:
             return  # a terminal without a path of its own
         raise ImageError(
-            name, number, f"file id {entry.id} was opened through id {reg}, which is not there"
+            files.image(kind),
+            number,
+            f"file id {inner.id} was opened through id {reg}, which is not there",
         )
-    files.others[entry.type, entry.id] = reg
-    if entry.type == FD_TYPE_FIFO:
+    files.others[kind, inner.id] = reg
+    if kind == FD_TYPE_FIFO:
         # A pipe_id is an inode number, which two file systems can have both. CRIU dumps the data
         # of an id once, with the first fifo that has it: dump_one_pipe_data() in criu/pipes.c.
         files.pipes.setdefault(inner.pipe_id, reg)
 
 
-def _reg(name: str, number: int, entry: Any) -> RegFile:
+def _reg(name: str, number: int, entry: Any, flags_of: Callable[[int], int] | None) -> RegFile:
     path = entry.name
     external = entry.ext
     if not external and not is_image_path(path):
@@ -112,7 +167,7 @@ def _reg(name: str, number: int, entry: Any) -> RegFile:
     return _make_reg(
         (
             entry.id,
-            entry.flags,
+            entry.flags if flags_of is None else flags_of(entry.flags),
             position if position != _NO_SEEK else None,
             path,
             mnt_id if mnt_id != _NO_MOUNT else None,
@@ -137,7 +192,9 @@ def read_fifo_data(source: ImageDirectory, files: FileTable) -> dict[RegId, Fifo
     for number, (entry, position) in enumerate(entries):
         pipe = entry.pipe_id
         if pipe not in files.pipes:
-            raise ImageError(name, number, f"pipe id {pipe} is that of no fifo in files.img")
+            raise ImageError(
+                name, number, f"pipe id {pipe} is that of no fifo in {files.image(FD_TYPE_FIFO)}"
+            )
         if files.pipes[pipe] in pending:
             raise ImageError(name, number, f"repeats pipe id {pipe}")
         size = entry.size if entry.HasField("size") else None

@@ -4,7 +4,8 @@ An image is one or two magic words, then records: a 32-bit length and so many by
 Nothing in a file is believed before it is checked: a length may not exceed what is left of the
 file, so an image of ten bytes can not make us allocate gigabytes, and an end anywhere but
 between two records is an error that names file and record.
-Source: CRIU images/README and criu/include/magic.h, CRIU 4.2; little endian only.
+Words are in the byte order of the machine that dumped, which the magic of the inventory shows.
+Source: CRIU images/README, criu/include/magic.h and criu/image-desc.c, CRIU 4.2.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from ghostpool._limits import Limits, Tally
 from ghostpool._schema import attempt, decode, decode_all, message_class
 
 _COMMON_MAGIC: Final = 0x54564319
-_WORD: Final = struct.Struct("<I")
+_ORDERS: Final = {False: struct.Struct("<I"), True: struct.Struct(">I")}
+"""The word of images that are big-endian, or not."""
 _WINDOW: Final = 1 << 16
 _REMEDY: Final = "is this the directory given to criu dump -D?"
 
@@ -40,11 +42,25 @@ _KINDS: Final = {
     "ghost-file": (0x52583605, "ghost_file_entry"),
     "mountpoints": (0x55563928, "mnt_entry"),
     "fifo-data": (0x59333054, "pipe_data_entry"),
+    # The lists of CRIU before 3.4, which had one for each type of file.
+    "reg-files": (0x50363636, "reg_file_entry"),
+    "pipes": (0x56513555, "any_file_entry"),
+    "fifo": (0x58364939, "fifo_entry"),
+    "inetsk": (0x56443851, "any_file_entry"),
+    "unixsk": (0x54373943, "unix_sk_entry"),
+    "eventfd": (0x44523722, "any_file_entry"),
+    "eventpoll": (0x45023858, "any_file_entry"),
+    "inotify": (0x48424431, "any_file_entry"),
+    "signalfd": (0x57323820, "any_file_entry"),
+    "packetsk": (0x60454618, "any_file_entry"),
+    "tty": (0x59433025, "tty_file_entry"),
+    "fanotify": (0x55096122, "any_file_entry"),
+    "netlinksk": (0x58005614, "any_file_entry"),
+    "ns-files": (0x61394011, "any_file_entry"),
+    "tunfile": (0x57143751, "any_file_entry"),
+    "ext-files": (0x59255641, "any_file_entry"),
+    "timerfd": (0x50493712, "any_file_entry"),
 }
-_HEADS: Final = (
-    {kind: _WORD.pack(magic) for kind, (magic, _) in _KINDS.items()},
-    {kind: _WORD.pack(_COMMON_MAGIC) + _WORD.pack(magic) for kind, (magic, _) in _KINDS.items()},
-)
 
 
 class ImageDirectory:
@@ -62,7 +78,10 @@ class ImageDirectory:
         self.names = frozenset(names)
         if "inventory.img" not in self.names:
             raise ImageError("inventory.img", None, f"is missing in {path}: {_REMEDY}")
+        self._heads: dict[str, bytes] = {}
         self._two_magics = False  # inventory.img itself never has the common magic
+        self.big_endian = self._is_big_endian()
+        self._word = _ORDERS[self.big_endian]
         self.inventory = self.one("inventory.img", "inventory")
         version = self.inventory.img_version
         if version not in (1, 2):
@@ -71,19 +90,33 @@ class ImageDirectory:
                 "ghostpool reads 1 and 2 (CRIU up to 4.2)"
             )
         self._two_magics = version == 2
+        self._heads.clear()
 
     def expect(self, names: list[str]) -> None:
         """Hint: these images will be read, in this order."""
         self._source.expect(names)
 
+    def _is_big_endian(self) -> bool:
+        opened = self._source.open("inventory.img")
+        if opened is None:
+            return False
+        with Window("inventory.img", "inventory", opened, 4, self.tally) as image:
+            return image.read(0, 4) == _ORDERS[True].pack(_KINDS["inventory"][0])
+
     def head(self, kind: str) -> bytes:
         """The bytes that an image of `kind` begins with in this directory."""
-        return _HEADS[self._two_magics][kind]
+        head = self._heads.get(kind)
+        if head is None:
+            words = (_COMMON_MAGIC, _KINDS[kind][0])[not self._two_magics :]
+            head = self._heads[kind] = b"".join(map(self._word.pack, words))
+        return head
 
     def window(self, name: str, kind: str, size: int) -> Window | None:
         """The image `name` through a window of `size` bytes; None if there is none."""
         opened = self._source.open(name)
-        return None if opened is None else Window(name, kind, opened, size, self.tally)
+        if opened is None:
+            return None
+        return Window(name, kind, opened, size, self.tally, self._word)
 
     def first(
         self, name: str, kind: str, parse: Any, most: int
@@ -101,7 +134,7 @@ class ImageDirectory:
         at = len(head)
         if len(data) < at + 4 or not data.startswith(head):
             return None
-        (length,) = _WORD.unpack_from(data, at)
+        (length,) = self._word.unpack_from(data, at)
         end = at + 4 + length
         if end > len(data):
             return None
@@ -115,19 +148,20 @@ class ImageDirectory:
             return len(head)
         if len(data) < len(head) and head.startswith(data):
             raise ImageError(name, None, "is cut inside its magic" if data else "is empty")
-        if data[:4] == head[:4][::-1]:
-            raise UnsupportedError(f"{name}: big-endian images (s390x) are not supported")
+        if len(data) >= 4 and data[:4] == head[:4][::-1]:
+            raise ImageError(name, None, "is in another byte order than inventory.img")
         raise ImageError(
             name, None, f"begins with {data[: len(head)].hex()}, a {kind} image with {head.hex()}"
         )
 
-    def records(self, name: str, kind: str) -> Iterator[Any]:
+    def records(self, name: str, kind: str, *, counted: str | None = None) -> Iterator[Any]:
         """The records of a list image in file order; nothing if the file is absent.
 
-        Absent and without a record mean the same to CRIU.
+        `counted` is the kind whose limits hold, if it is another one. Absent and without a record
+        mean the same to CRIU.
         """
         parse = message_class(_KINDS[kind][1])
-        window = self.window(name, kind, _WINDOW)
+        window = self.window(name, counted or kind, _WINDOW)
         if window is None:
             return
         with window as image:
@@ -199,17 +233,27 @@ class Window:
         "_size",
         "_start",
         "_tally",
+        "_word",
         "name",
         "size",
     )
 
-    def __init__(self, name: str, kind: str, image: OpenImage, size: int, tally: Tally) -> None:
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        image: OpenImage,
+        size: int,
+        tally: Tally,
+        word: struct.Struct = _ORDERS[False],
+    ) -> None:
         self.name = name
         self.size = image.size
         self._kind = kind
         self._image = image
         self._size = size
         self._tally = tally
+        self._word = word
         self._singly = False
         self._start = 0
         self._content = b""
@@ -254,7 +298,7 @@ class Window:
         return ([], at) if self._singly else (pieces, after)
 
     def _whole(self, at: int) -> tuple[list[bytes], int]:
-        content, word = self._content, _WORD.unpack_from
+        content, word = self._content, self._word.unpack_from
         pieces = []
         begin = at - self._start
         last = min(len(content), self.size - self._start)
@@ -273,7 +317,7 @@ class Window:
             if len(self.read(at, 4)) < 4:
                 raise ImageError(self.name, number, "is cut inside the length of the record")
             offset = 0  # the window begins here now
-        length: int = _WORD.unpack_from(self._content, offset)[0]
+        length: int = self._word.unpack_from(self._content, offset)[0]
         at += 4
         if length > self.size - at:
             raise ImageError(

@@ -18,7 +18,7 @@ from collections.abc import Container, Mapping
 from typing import Any, Final
 
 from ghostpool import _linux
-from ghostpool._errors import ImageError, UnsupportedError
+from ghostpool._errors import ImageError
 from ghostpool._imagefile import ImageDirectory
 from ghostpool._limits import TEXT_LIMIT, beyond
 from ghostpool._model import ImageMount, MntId, NsId
@@ -76,7 +76,8 @@ def read_mounts(
     points: dict[MntId, bytes] = {}
     for number, entry in enumerate(source.records(name, "mountpoints")):
         ident, parent, point = entry.mnt_id, entry.parent_mnt_id, entry.mountpoint
-        _check(name, number, entry, point)
+        if not is_image_path(point):
+            raise ImageError(name, number, f"{point!r} is no mount point")
         if used is None or ident in used:
             mount = _mount(name, number, namespace, entry)
             ident, parent, point = mount.id, mount.parent, mount.mountpoint  # not twice in memory
@@ -114,17 +115,6 @@ def _settle(
     homes.update(dict.fromkeys(mounts, namespace))
 
 
-def _check(name: str, number: int, entry: Any, point: bytes) -> None:
-    """What holds for every mount."""
-    if not entry.HasField("sb_flags"):
-        raise UnsupportedError(
-            f"{name}, record {number}: no superblock flags: images of a CRIU older than 1.8 "
-            "are not supported"
-        )
-    if not is_image_path(point):
-        raise ImageError(name, number, f"{point!r} is no mount point")
-
-
 def _mount(name: str, number: int, namespace: NsId, entry: Any) -> ImageMount:
     for field in _TEXTS:
         value = getattr(entry, field)
@@ -138,8 +128,7 @@ def _mount(name: str, number: int, namespace: NsId, entry: Any) -> ImageMount:
         external = _text(entry.ext_key)
     elif entry.ext_mount:  # before CRIU 3.0 the key took the place of the root
         external = _text(entry.root)
-    sb_flags = entry.sb_flags
-    flags = entry.flags
+    flags, sb_flags = _flags(entry)
     return ImageMount(
         id=MntId(entry.mnt_id),
         parent=MntId(entry.parent_mnt_id),
@@ -162,6 +151,20 @@ def _mount(name: str, number: int, namespace: NsId, entry: Any) -> ImageMount:
         external_key=external,
         deleted_root=entry.deleted,
     )
+
+
+def _flags(entry: Any) -> tuple[int, int]:
+    """Flags of the mount and of its superblock, both as the images have them.
+
+    Before CRIU 1.8 they were one number. CRIU takes read-only for the superblock's then, and fails
+    on such mounts; but no superblock could become read-only while a ghost was open on it, so it is
+    the mount's, which keeps the same from being changed. A live mount has its own flags anyway.
+    """
+    flags: int = entry.flags
+    if entry.HasField("sb_flags"):
+        return flags, entry.sb_flags
+    superblock = flags & (_MS_SYNCHRONOUS | _MS_DIRSYNC)
+    return flags & ~superblock, superblock
 
 
 def _text(value: bytes) -> str:

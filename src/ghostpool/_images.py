@@ -26,6 +26,7 @@ from ghostpool._imagefile import ImageDirectory, open_directory
 from ghostpool._imagemounts import read_mounts
 from ghostpool._imagesource import ImageSource
 from ghostpool._limits import Limits
+from ghostpool._machine import flags_of
 from ghostpool._model import (
     HOST_NS,
     Descriptor,
@@ -110,7 +111,7 @@ def _read(
     own_mounts = root.ids.mnt_ns_id != inventory.mnt_ns_id
     for task in living:
         _check_namespace(task, root, own_mounts)
-    files = read_files(source)
+    files = read_files(source, flags_of(root.machine, f"core-{root.pid}.img"))
     used = None if all_mounts else {reg.mnt_id for reg in files.regs.values()}
     mounts = _mounts(source, living, used) if own_mounts else {}
     _check_mount_ids(files, mounts)
@@ -157,6 +158,7 @@ class _Living:
     pid: int
     parent: int
     ids: Any
+    machine: int
 
     @property
     def ids_file(self) -> str:
@@ -197,9 +199,9 @@ def _living_tasks(source: ImageDirectory) -> list[_Living]:
             )
     source.expect([f"{kind}-{pid}.img" for pid in parents for kind in ("core", "ids")])
     living = [
-        _Living(pid, parent, ids)
+        _Living(pid, parent, *found)
         for pid, parent in parents.items()
-        if (ids := _ids(source, pid)) is not None
+        if (found := _ids(source, pid)) is not None
     ]
     for thread in sorted(threads - parents.keys()):
         core = f"core-{thread}.img"
@@ -210,8 +212,11 @@ def _living_tasks(source: ImageDirectory) -> list[_Living]:
     return living
 
 
-def _ids(source: ImageDirectory, pid: int) -> Any | None:
-    """The ids of a living task, None for a zombie: only its core image tells the two apart."""
+def _ids(source: ImageDirectory, pid: int) -> tuple[Any, int] | None:
+    """The ids of a living task and its kind of machine.
+
+    None for a zombie: only its core image tells the two apart.
+    """
     core = f"core-{pid}.img"
     entry = source.one(core, "core", absent=f"is missing, but pstree.img lists task {pid}")
     if not entry.HasField("tc"):
@@ -222,7 +227,7 @@ def _ids(source: ImageDirectory, pid: int) -> Any | None:
     if state not in (_ALIVE, _STOPPED):
         raise ImageError(core, 0, f"task state {state} is unknown")
     absent = f"is missing, but {core} says that task {pid} is alive"
-    return source.one(f"ids-{pid}.img", "ids", absent=absent)
+    return source.one(f"ids-{pid}.img", "ids", absent=absent), entry.mtype
 
 
 def _check_namespace(task: _Living, root: _Living, own_mounts: bool) -> None:
@@ -317,9 +322,10 @@ def _descriptors(
                 rows[fd] = None
                 continue
         else:
-            kind = "" if kind == FD_TYPE_REG else f" of type {kind}"
+            of = "" if kind == FD_TYPE_REG else f" of type {kind}"
+            image = files.image(kind)
             raise ImageError(
-                name, number, f"refers to file id {ident}{kind}, which files.img does not hold"
+                name, number, f"refers to file id {ident}{of}, which {image} does not hold"
             )
         close_on_exec = bool(entry.flags & 1)
         rows[fd] = _make_descriptor((fd, reg, close_on_exec, kind == FD_TYPE_FIFO))
@@ -333,6 +339,11 @@ def _holders(source: ImageDirectory, pid: Pid, files: FileTable) -> Iterable[Hol
     entry = source.one(fs, "fs")
     directories = ((fs, "cwd", entry.cwd_id), (fs, "root", entry.root_id))
     entry = source.one(mm, "mm")
+    if not entry.vmas and f"vmas-{pid}.img" in source.names:
+        raise UnsupportedError(
+            f"vmas-{pid}.img: mappings in an image of their own, as of a CRIU older than 1.2, "
+            "are not supported"
+        )
     # For any other status shmid is not an id of a file.
     mapped = (
         (mm, f"map:{vma.start:x}-{vma.end:x}", vma.shmid)
@@ -342,7 +353,7 @@ def _holders(source: ImageDirectory, pid: Pid, files: FileTable) -> Iterable[Hol
     for name, key, reg in chain(directories, ((mm, "exe", entry.exe_file_id),), mapped):
         if reg not in files.regs:
             raise ImageError(
-                name, 0, f"{key} refers to file id {reg}, which files.img does not hold"
+                name, 0, f"{key} refers to file id {reg}, which {files.image()} does not hold"
             )
         yield Holder(pid, key, RegId(reg))
 
@@ -353,7 +364,7 @@ def _check_mount_ids(files: FileTable, mounts: dict[NsId, tuple[ImageMount, ...]
     for reg in files.regs.values():
         if reg.mnt_id not in known and not reg.external:
             raise ImageError(
-                "files.img",
+                files.image(),
                 files.records[reg.id],
                 f"{reg.name!r} is on mount {reg.mnt_id}, which no mountpoints image holds",
             )

@@ -20,8 +20,8 @@ async def read_images(path: str | os.PathLike[str], *, max_size: int = Limits().
     `max_size` is the largest apparent size of a ghost, in bytes, holes included. Raises PlanError
     if there is no such directory; ImageError for an image that is missing, malformed, contradicts
     another one or asks for more than the limits allow, and if reading makes no progress for 30 s;
-    UnsupportedError for images that are not read (of CRIU before 3.4, big-endian). Cancelled, it
-    ends the process and leaves nothing behind. Needs no privilege besides reading the files.
+    UnsupportedError for images that are not read (of a CRIU that is too old, of MIPS). Cancelled,
+    it ends the process and leaves nothing behind. Needs no privilege besides reading the files.
     """
     reading = start_reading(os.fspath(path), max_size)
     try:

@@ -46,7 +46,7 @@ def read_remaps(source: ImageDirectory, files: FileTable) -> tuple[Remap, ...]:
             raise UnsupportedError(f"{name}, record {number}: remap type {code} is unknown")
         if origin not in regs:
             raise ImageError(
-                name, number, f"refers to file id {origin}, which files.img does not hold"
+                name, number, f"refers to file id {origin}, which {files.image()} does not hold"
             )
         if origin in remaps:
             raise ImageError(name, number, f"repeats file id {origin}")
@@ -54,7 +54,7 @@ def read_remaps(source: ImageDirectory, files: FileTable) -> tuple[Remap, ...]:
             raise ImageError(name, number, f"file id {origin} is external, it can have no remap")
         if kind == "linked" and target not in regs:
             raise ImageError(
-                name, number, f"leads to file id {target}, which files.img does not hold"
+                name, number, f"leads to file id {target}, which {files.image()} does not hold"
             )
         remaps[origin] = _make_remap((number, origin, kind, target))
     return tuple(remaps.values())
@@ -116,7 +116,7 @@ def read_ghosts(
             if new:
                 yield ghost
             continue
-        where = f"files.img, record {files.records[reg.id]}"
+        where = f"{files.image()}, record {files.records[reg.id]}"
         raise ImageError(ghost.file, 0, f"the ghost {problem[0]}, {where} says {problem[1]}")
 
 
@@ -135,12 +135,17 @@ def check_remapped(
         elif reg.flags >> 31:
             problem = f"{reg.flags:#x} are no open flags"
         elif reg.mnt_id is None:
+            if mounts and all(known.mnt_id is None for known in files.regs.values()):
+                raise UnsupportedError(
+                    f"{files.image()}: files without their mounts, as of a CRIU older than 1.3, "
+                    "are not supported"
+                )
             if mounts:
                 problem = f"{reg.name!r} was removed, but the record does not say from which mount"
         elif not is_on_mount(reg.name, points[reg.mnt_id]):
             problem = f"{reg.name!r} is not below its mount {reg.mnt_id} at {points[reg.mnt_id]!r}"
         if problem is not None:
-            raise ImageError("files.img", files.records[reg.id], problem)
+            raise ImageError(files.image(), files.records[reg.id], problem)
 
 
 __all__ = ["check_remapped", "read_ghosts", "read_remaps"]

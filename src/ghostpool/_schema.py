@@ -42,6 +42,7 @@ _MESSAGES: Final = {
     "unix_sk_entry": "1 r uint32 id, 11 r bytes name, 14 o bytes name_dir, 15 o bool deleted",
     "fifo_entry": "1 r uint32 id, 2 r uint32 pipe_id, 3 o uint32 regf_id",
     "tty_file_entry": "1 r uint32 id, 6 o uint32 regf_id",
+    "any_file_entry": "1 r uint32 id",
     "file_entry": """
         1 r int32 type, 2 r uint32 id, 3 o reg_file_entry reg, 16 o unix_sk_entry usk,
         17 o fifo_entry fifo, 19 o tty_file_entry tty""",

@@ -50,7 +50,7 @@ LAYERS = [
     "_filetable _ghostfile",
     "_imagemounts",
     "_channel _consumer _imagefile _launch _stall",
-    "_eventfile _imagesource _listenfds _progress _schema _tracing",
+    "_eventfile _imagesource _listenfds _machine _progress _schema _tracing",
     "_apart _followers _unbroken _limits _model _mounttable _pipelimit _rlimit",
     "_columns _paths",
     "_events",
