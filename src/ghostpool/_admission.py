@@ -17,7 +17,7 @@ from ghostpool._errors import (
 )
 from ghostpool._linux import Attr
 from ghostpool._match import Site
-from ghostpool._model import FifoData, Ghost, RegFile
+from ghostpool._model import FifoData, Ghost, Linked, RegFile
 from ghostpool._mountinfo import LiveMount
 from ghostpool._paths import text
 from ghostpool._planned import Policy
@@ -112,7 +112,7 @@ def check_fifo(data: FifoData, ghost: Ghost, policy: Policy) -> FifoData:
     return data._replace(pipe_size=min(size, limit))
 
 
-def open_flags(file: RegFile, ghost: Ghost, mount: LiveMount) -> int:
+def open_flags(file: RegFile, ghost: Ghost | Linked, mount: LiveMount) -> int:
     """Flags to open a file with through a mount. PlanError, UnsupportedError."""
     flags = file.flags & ~_DROPPED_FLAGS
     if flags & _TMPFILE_BIT:

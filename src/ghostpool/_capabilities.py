@@ -89,6 +89,7 @@ NEEDED: dict[str, int] = {
     "make_writable": _MOUNTS,
     "make_read_only": _MOUNTS,
     "look": _SEARCH,
+    "find": _SEARCH,
     "create": int(_FILES | Cap.MKNOD),
     "place": _NAMES,
     "fill": _NAMES,

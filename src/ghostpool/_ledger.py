@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import anyio
 
@@ -18,9 +19,9 @@ from ghostpool._errors import GhostpoolError, RevertError, WorkerHung
 from ghostpool._guard import Guard, Key, Owed
 from ghostpool._journal import Anchor
 from ghostpool._mend import left_behind, recover_command
-from ghostpool._model import MountHandle, live_of
+from ghostpool._model import GhostId, MountHandle, live_of
 from ghostpool._paths import join, text
-from ghostpool._planned import PlannedGhost, PlannedMount, PlannedOpen
+from ghostpool._planned import PlannedGhost, PlannedLink, PlannedMount, PlannedOpen
 from ghostpool._pool import WorkerPool
 from ghostpool._process import Child
 from ghostpool._protocol import Created, Placed, Removed, RemoveOp
@@ -48,11 +49,17 @@ class Ledger:
     """Names that are owed to the file systems."""
 
     def __init__(
-        self, pool: WorkerPool, mounts: Mapping[MountHandle, PlannedMount], guard: Guard
+        self,
+        pool: WorkerPool,
+        mounts: Mapping[MountHandle, PlannedMount],
+        guard: Guard,
+        links: Mapping[GhostId, PlannedLink] = MappingProxyType({}),
     ) -> None:
         self._pool = pool
         self._guard = guard
         self._mounts = mounts
+        self._hidden = links
+        """Files of link remaps, whose names nobody has made here."""
         self._temporaries: dict[int, _Temporary] = {}
         self._links: dict[int, tuple[PlannedOpen, int]] = {}
         self._serial = 0
@@ -114,9 +121,12 @@ class Ledger:
             raise RuntimeError(f"ghost {ghost_id:x} has not been moved to its name")
         return temporary.planned.final[temporary.placed.final]
 
-    def result(self, ghost_id: int) -> Created:
-        """What creating it gave."""
-        temporary = self._temporaries[ghost_id]
+    def result(self, ghost_id: GhostId) -> Created:
+        """What creating it gave; of the file of a link remap, what was found."""
+        temporary = self._temporaries.get(ghost_id)
+        if temporary is None:
+            found = self._hidden[ghost_id].found
+            return Created(found.device, found.inode)
         if temporary.device is None:
             raise RuntimeError(f"ghost {ghost_id:x} has not been created")
         return Created(temporary.device, temporary.inode)

@@ -80,6 +80,10 @@ class Matcher:
             raise found
         return _site(*found, file.name)
 
+    def dumped(self, file: RegFile) -> ImageMount | None:
+        """The mount of the images that `file` was opened on, where they have one."""
+        return None if file.mnt_id is None else self._mounts[file.mnt_id]
+
     def _site_by_path(self, file: RegFile) -> Site:
         namespace = self._namespaces[self._images.root_namespace]
         live = namespace.table.containing(file.name.rpartition(b"/")[0])

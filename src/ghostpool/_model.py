@@ -104,6 +104,20 @@ class Ghost(NamedTuple):
         return ghost_file_name(self.id)
 
 
+class Linked(NamedTuple):
+    """A file that has names still, but not the one it was opened by: a link remap leads to it.
+
+    `criu dump` has linked it to a hidden name, link_remap.N, on its own file system.
+    """
+
+    id: GhostId
+    """Beyond all numbers of ghosts; one for each reg file that is opened so."""
+    mode: int
+    """Full st_mode: as dumped, and in a plan as it is now."""
+    hidden: bytes
+    """That name, absolute in the mount namespace of the reg file."""
+
+
 class RegFile(NamedTuple):
     """One reg_file_entry."""
 

@@ -22,7 +22,14 @@ from ghostpool._ledger import Ledger
 from ghostpool._mend import left_behind
 from ghostpool._model import GhostId, MountHandle, RegId
 from ghostpool._paths import join, relative_to, text
-from ghostpool._planned import Files, Plan, PlannedGhost, PlannedOpen, is_moved
+from ghostpool._planned import (
+    Files,
+    Plan,
+    PlannedGhost,
+    PlannedLink,
+    PlannedOpen,
+    is_moved,
+)
 from ghostpool._pool import WorkerPool
 from ghostpool._protocol import OpenOp
 from ghostpool._restored import Restored
@@ -42,12 +49,12 @@ class _Opening:
 
 
 def _opened_often(plan: Plan) -> set[GhostId]:
-    """Ghosts that are opened more than once."""
+    """Ghosts that are opened more than once, and what has other names: nobody may move these."""
     opens = plan.opens
     if len(opens) == len(plan.ghosts):  # each is opened: nothing need be counted
         return set()
     opened = Counter(planned.opening.ghost.id for planned in opens)
-    return {ghost for ghost, count in opened.items() if count > 1}
+    return {*plan.links, *(ghost for ghost, count in opened.items() if count > 1)}
 
 
 class Opener:
@@ -75,6 +82,7 @@ class Opener:
         self._events = events
         self._keep = keep
         self._files = files
+        self._placed = plan.placed
         self._shared = _opened_often(plan)
         self._are_sent = files == "held" or (files == "discarded" and bool(self._shared))
         """Descriptors come with the answers."""
@@ -186,10 +194,11 @@ class Opener:
     def _open_op(self, planned: PlannedOpen) -> OpenOp:
         opening = planned.opening
         ghost = opening.ghost
-        placed = self._plan.ghosts[ghost.id]
+        placed = self._placed[ghost.id]
         live_directory, names = opening.directory, planned.names
         temp_directory, temp_name, link_directory = b"", b"", b""
         if placed.final:
+            assert isinstance(placed, PlannedGhost)
             # Directories have their name already, and it is found inside the file system.
             place = join(placed.mount.root, placed.final_directory)
             live_directory = relative_to(place, opening.mount.root)
@@ -217,7 +226,9 @@ class Opener:
             is_moved(ghost, shared=ghost.id in self._shared),
         )
 
-    def _seen_from_link(self, planned: PlannedOpen, placed: PlannedGhost) -> tuple[bytes, bytes]:
+    def _seen_from_link(
+        self, planned: PlannedOpen, placed: PlannedGhost | PlannedLink
+    ) -> tuple[bytes, bytes]:
         """Directories of the temporary and of the old name, as the mount of the link has them."""
         opening = planned.opening
         key = (

@@ -16,6 +16,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ghostpool._admission import (
@@ -32,11 +33,13 @@ from ghostpool._errors import (
     PlanError,
     UnsupportedError,
 )
+from ghostpool._linkremaps import LinkRemaps, Place
 from ghostpool._match import Matcher, Namespace, Site
 from ghostpool._model import (
     Ghost,
     GhostId,
     Images,
+    Linked,
     MountHandle,
     NsId,
     RegFile,
@@ -56,6 +59,7 @@ from ghostpool._planned import (
     Opening,
     Plan,
     PlannedGhost,
+    PlannedLink,
     PlannedMount,
     PlannedOpen,
     PlannedTask,
@@ -65,7 +69,7 @@ from ghostpool._planned import (
     is_moved,
     usual_names,
 )
-from ghostpool._protocol import Look
+from ghostpool._protocol import Found, Look
 
 _make_opening = maker(Opening)
 _make_open = maker(PlannedOpen)
@@ -106,6 +110,7 @@ class Planner:
         self._policy = policy
         self._prefix = b".ghostpool-%s-" % token
         self._matcher = Matcher(images, namespaces)
+        self._links = LinkRemaps(self._matcher, policy)
         self._handles: dict[tuple[int, int], PlannedMount] = {}
         self._found: dict[tuple[int, int, int, int], tuple[PlannedMount, int]] = {}
         self._openings: dict[RegId, Opening] = {}
@@ -134,6 +139,11 @@ class Planner:
     def looks(self) -> dict[tuple[MountHandle, bytes], tuple[bytes, ...]]:
         """Directories to look at (mount, path inside it), with the names wanted in each."""
         return {key: _names_of(openings) for key, openings in self._wanted.items()}
+
+    @property
+    def names(self) -> list[Place]:
+        """Hidden names of link remaps (mount, directory inside it, name), to be found."""
+        return self._links.places
 
     def refuse(self, subject: str, error: GhostpoolError) -> None:
         """Note why something can not be restored."""
@@ -191,9 +201,19 @@ class Planner:
                 f"{text(file.name)}: a file of a dead process in /proc is left alone"
             )
             return
+        ghost: Ghost | Linked
+        linked = None
         if remap.kind == "linked":
-            raise UnsupportedError("a link remap, which can not be restored yet")
-        ghost = self._images.ghosts[GhostId(remap.target)]
+            hidden = self._images.files[RegId(remap.target)]
+            ghost = linked = self._links.linked(file, hidden)
+        else:
+            ghost = dumped = self._images.ghosts[GhostId(remap.target)]
+            check_ghost(dumped, self._policy)
+            if file.mode is not None and file.mode != dumped.mode:
+                raise PlanError(
+                    f"files.img says mode {file.mode:o}, {dumped.file} says {dumped.mode:o}: "
+                    "the images contradict each other"
+                )
         if file.id not in held:
             # By an inotify mark or a message in flight; or the image that says so was cut.
             if all(holder.reg_id != file.id for t in self._images.tasks for holder in t.holders):
@@ -202,30 +222,34 @@ class Planner:
                     "message in flight), or an fdinfo image is cut"
                 )
             return  # refused by the name of what holds it
-        check_ghost(ghost, self._policy)
-        if file.mode is not None and file.mode != ghost.mode:
-            raise PlanError(
-                f"files.img says mode {file.mode:o}, {ghost.file} says {ghost.mode:o}: "
-                "the images contradict each other"
-            )
         site = self._matcher.site(file)
         mount, flags = self._admitted(file, ghost, site)
         if file.id in self._images.fifo_data:
             self._collect_fifo(file, ghost)
         at = _make_opened_at((mount, site.directory, flags, held[file.id]))
         opening = _make_opening((file, ghost, self._opened_at.setdefault(at, at)))
+        if linked is not None:
+            self._links.add(opening, linked)
         key = mount.handle, site.directory
         there = self._wanted.get(key)
         if there is None:
             there = self._wanted[key] = []
         there.append(opening)
         self._openings[file.id] = opening
+        if linked is not None:
+            return
         if self._first.setdefault(ghost.id, opening) is not opening:
             self._more.setdefault(ghost.id, []).append(opening)
 
-    def _collect_fifo(self, file: RegFile, ghost: Ghost) -> None:
+    def _collect_fifo(self, file: RegFile, ghost: Ghost | Linked) -> None:
+        length = self._images.fifo_data[file.id].length
+        if isinstance(ghost, Linked):
+            self._plan.warnings.append(
+                f"{text(file.name)}: {length} bytes that waited in the fifo are not put back: it "
+                "is one that others know, by its link remap"
+            )
+            return
         if self._policy.keep:
-            length = self._images.fifo_data[file.id].length
             if length:
                 self._plan.warnings.append(
                     f"{text(file.name)}: {length} bytes that waited in the fifo are lost: a fifo "
@@ -241,7 +265,9 @@ class Planner:
             )
         self._plan.fifos[ghost.id] = data
 
-    def _admitted(self, file: RegFile, ghost: Ghost, site: Site) -> tuple[PlannedMount, int]:
+    def _admitted(
+        self, file: RegFile, ghost: Ghost | Linked, site: Site
+    ) -> tuple[PlannedMount, int]:
         """The mount of a site and the flags to open a file there with, checked once per mount."""
         mount = site.mount
         key = site.namespace.target.index, mount.mnt_id, file.flags, ghost.mode
@@ -293,7 +319,7 @@ class Planner:
             return len(self._openings)
         if files == "kept":
             return 0
-        return sum(
+        return len(self._links) + sum(
             len(some)
             for some in self._by_ghost()
             if not is_moved(some[0].ghost, shared=len(some) > 1)
@@ -305,8 +331,18 @@ class Planner:
 
     # -- step two -------------------------------------------------------------------------------
 
-    def finish(self, looks: Mapping[tuple[MountHandle, bytes], Look]) -> Plan:
-        """The plan, given what stands at the old names."""
+    def finish(
+        self,
+        looks: Mapping[tuple[MountHandle, bytes], Look],
+        found: Mapping[Place, Found] = MappingProxyType({}),
+    ) -> Plan:
+        """The plan, given what stands at the old names, and what the hidden ones lead to."""
+        for opening, link in self._links.resolve(found):
+            if isinstance(link, PlanError):
+                self.refuse(f"{text(opening.file.name)} (file id {opening.file.id})", link)
+            else:
+                self._openings[opening.file.id] = opening
+                self._plan.links[link.linked.id] = link
         for openings in self._by_ghost():
             try:
                 self._place(openings, looks)
@@ -495,22 +531,25 @@ class Planner:
 
     def _assign(self, looks: Mapping[tuple[MountHandle, bytes], Look]) -> None:
         """Give each open to one task: the lowest pid that holds it, as CRIU chooses the master."""
+        placed = self._plan.placed
         for task in sorted(self._images.tasks, key=lambda task: task.pid):
             opens: list[PlannedOpen] = []
             for descriptor in task.descriptors:
                 opening = self._openings.pop(descriptor.reg_id, None)
                 if opening is not None:
                     try:
-                        opens.append(self._plan_open(opening, looks))
+                        opens.append(self._plan_open(opening, placed[opening.ghost.id], looks))
                     except GhostpoolError as error:
                         self.refuse(text(opening.file.name), error)
             leases = self._plan.leases_for(opens)
             self._plan.tasks.append(PlannedTask(task, tuple(opens), tuple(sorted(leases))))
 
     def _plan_open(
-        self, opening: Opening, looks: Mapping[tuple[MountHandle, bytes], Look]
+        self,
+        opening: Opening,
+        placed: PlannedGhost | PlannedLink,
+        looks: Mapping[tuple[MountHandle, bytes], Look],
     ) -> PlannedOpen:
-        placed = self._plan.ghosts[opening.ghost.id]
         spot = self._spot(opening, looks)
         mount = opening.mount
         if placed.mount is mount or is_below(placed.place, mount.root):

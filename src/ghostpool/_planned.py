@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterable
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ghostpool._errors import (
     GhostpoolError,
@@ -22,6 +23,7 @@ from ghostpool._model import (
     Ghost,
     GhostId,
     Images,
+    Linked,
     MountHandle,
     RegFile,
     Task,
@@ -30,6 +32,7 @@ from ghostpool._model import (
 from ghostpool._mountinfo import LiveMount
 from ghostpool._paths import join, text
 from ghostpool._pipelimit import pipe_limit
+from ghostpool._protocol import Found
 
 Strategy = Literal["remount", "detached"]
 """How a task's read-only mount takes the old name of a ghost: it is made writable for that long, or
@@ -109,7 +112,8 @@ class Opening(NamedTuple):
     """One open of a ghost: a reg file of the images and where it lives now."""
 
     file: RegFile
-    ghost: Ghost
+    ghost: Ghost | Linked
+    """What is opened: `Linked` for the file of a link remap."""
     at: OpenedAt
 
     @property
@@ -211,6 +215,33 @@ class PlannedGhost(NamedTuple):
         return self.ghost.atime * 1000, self.ghost.mtime * 1000
 
 
+class PlannedLink(NamedTuple):
+    """A hidden name, by which the file of a link remap is linked to its old name."""
+
+    linked: Linked
+    mount: PlannedMount
+    """The live mount that its reg file is opened on."""
+    directory: bytes
+    """Relative to the mount's root."""
+    found: Found
+    """The file, as it was found."""
+
+    @property
+    def final(self) -> tuple[bytes, ...]:
+        """It is moved nowhere."""
+        return ()
+
+    @property
+    def name(self) -> bytes:
+        """The hidden one."""
+        return self.linked.hidden.rpartition(b"/")[2]
+
+    @property
+    def place(self) -> bytes:
+        """`directory` inside the file system."""
+        return join(self.mount.root, self.directory)
+
+
 class LinkedBy(NamedTuple):
     """How old names are made: held once for all that are alike."""
 
@@ -260,7 +291,7 @@ def usual_names(name: bytes) -> tuple[bytes, ...]:
     return (name, alternative) if len(alternative) <= _NAME_MAX else (name,)
 
 
-def is_moved(ghost: Ghost, *, shared: bool) -> bool:
+def is_moved(ghost: Ghost | Linked, *, shared: bool) -> bool:
     """Whether an open moves the ghost to its old name: nobody else opens it.
 
     Directories are moved before.
@@ -316,6 +347,8 @@ class Plan:
     ghosts: dict[GhostId, PlannedGhost] = field(default_factory=dict)
     fifos: dict[GhostId, FifoData] = field(default_factory=dict)
     """What waited in ghost fifos, and is put back; with a size of the pipe that it can have."""
+    links: dict[GhostId, PlannedLink] = field(default_factory=dict)
+    """Files of link remaps, which are opened like ghosts that are there already."""
     tasks: list[PlannedTask] = field(default_factory=list)
     privileged: list[Privileged] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
@@ -325,6 +358,12 @@ class Plan:
     def opens(self) -> list[PlannedOpen]:
         """All opens of all tasks."""
         return [planned for task in self.tasks for planned in task.opens]
+
+    @property
+    def placed(self) -> Mapping[GhostId, PlannedGhost | PlannedLink]:
+        """What is opened, and where it waits for that."""
+        # Each has keys of its own.
+        return ChainMap[GhostId, Any](self.ghosts, self.links) if self.links else self.ghosts
 
     @property
     def leased(self) -> set[MountHandle]:
@@ -349,7 +388,7 @@ class Plan:
             for planned in opens
             if planned.link == planned.opening.mount.handle
             and planned.opening.mount.read_only
-            and not self.ghosts[planned.opening.ghost.id].final
+            and not stat.S_ISDIR(planned.opening.ghost.mode)
         }
 
     def check(self) -> None:

@@ -70,6 +70,21 @@ class Look(NamedTuple):
     """For each name with ".cr_link" appended."""
 
 
+class Found(NamedTuple):
+    """The file that has a name which a link remap leads to."""
+
+    errno: int
+    """Why nothing can be said of it (ENOENT: nothing has the name), or 0."""
+    device: int
+    inode: int
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    links: int
+    """How many names it has."""
+
+
 class Room(NamedTuple):
     """What statvfs(3) says of a superblock."""
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from ghostpool._errors import GhostpoolError, leaves
 from ghostpool._lease import MountUsage
-from ghostpool._model import MountHandle
+from ghostpool._model import Ghost, Linked, MountHandle
 from ghostpool._paths import text
-from ghostpool._planned import Plan, PlannedMount, Strategy
+from ghostpool._planned import Opening, Plan, PlannedMount, Strategy
+from ghostpool._protocol import Found
 
 SCHEMA = 1
 
@@ -61,6 +62,7 @@ class Report:
             "restored": self.restored,
             "elapsed_s": round(self.elapsed_s, 6),
             "ghosts": len(plan.ghosts) if plan else 0,
+            "link_remaps": len(plan.links) if plan else 0,
             "remaps": len(plan.opens) if plan else 0,
             "tasks": len(plan.images.tasks) if plan else 0,
             "namespaces": len({t.namespace for t in plan.images.tasks}) if plan else 0,
@@ -110,6 +112,12 @@ def error_document(error: BaseException) -> dict[str, Any]:
     return document
 
 
+def facts_of(plan: Plan, opening: Opening) -> Ghost | Found:
+    """Mode, owner and size of what is opened: of the image, or of the file that is there."""
+    ghost = opening.ghost
+    return plan.links[ghost.id].found if isinstance(ghost, Linked) else ghost
+
+
 def recommended(plan: Plan) -> Strategy:
     """What would change fewer mounts: a private clone wherever one can be made."""
     clones = any(planned.clone and planned.mount.read_only for planned in plan.mounts.values())
@@ -121,20 +129,24 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     opens = []
     for task in plan.tasks:
         for planned in task.opens:
-            placed = plan.ghosts[planned.opening.ghost.id]
+            link = plan.links.get(planned.opening.ghost.id)
+            facts = facts_of(plan, planned.opening)
             opens.append(
                 {
                     "task": task.task.pid,
                     "file": planned.opening.file.id,
-                    "ghost": planned.opening.ghost.id,
+                    "ghost": None if link else planned.opening.ghost.id,
+                    "link_remap": text(link.linked.hidden) if link else None,
                     "path": text(planned.opening.file.name),
                     "namespace": planned.opening.mount.namespace.id,
                     "mountpoint": text(planned.opening.mount.mount.mountpoint),
                     "name": text(planned.names[0]),
-                    "mode": f"{placed.ghost.mode:o}",
-                    "owner": [placed.ghost.uid, placed.ghost.gid],
-                    "size": placed.ghost.size,
-                    "temporary_directory": text(placed.directory) or ".",
+                    "mode": f"{facts.mode:o}",
+                    "owner": [facts.uid, facts.gid],
+                    "size": facts.size,
+                    "temporary_directory": None
+                    if link
+                    else text(plan.ghosts[planned.opening.ghost.id].directory) or ".",
                     "missing_directories": planned.missing,
                 }
             )
@@ -144,6 +156,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "strategy": plan.strategy,
         "recommended_strategy": recommended(plan),
         "ghosts": len(plan.ghosts),
+        "link_remaps": len(plan.links),
         "tasks": len(plan.images.tasks),
         "opens": opens,
         "mounts": [

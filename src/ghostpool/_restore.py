@@ -76,7 +76,7 @@ class Restoration:
         )
         self._service = AsyncExitStack()
         """Leases of mounts of which no clone can be made, from the first change to the last."""
-        self._ledger = Ledger(pool, plan.mounts, guard)
+        self._ledger = Ledger(pool, plan.mounts, guard, plan.links)
         slots = assign_slots(self._weights(), pool.jobs)
         self._creator = Creator(plan, pool, self._ledger, slots, events, own_owner=own_owner)
         self._fifos = FifoFiller(plan, pool, self._ledger, slots)

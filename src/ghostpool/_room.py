@@ -41,6 +41,8 @@ def parts_of(plan: Plan) -> list[Part]:
         if device not in found:
             found[device] = Part(ghost.mount)
         found[device].ghosts.append(ghost)
+    for link in plan.links.values():
+        found.setdefault(link.mount.mount.device, Part(link.mount))
     for one in plan.opens:
         # All names of a ghost are on its superblock.
         found[one.opening.mount.mount.device].opens.append(one)

@@ -12,7 +12,7 @@ from rich.table import Table
 from ghostpool._inspection import kind_of
 from ghostpool._paths import text
 from ghostpool._planned import Plan
-from ghostpool._report import recommended
+from ghostpool._report import facts_of, recommended
 
 
 def show_plan(plan: Plan, console: Console | None = None) -> None:
@@ -21,7 +21,7 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     files = table("ghost files", "task", "file", "kind", "size", "mode", "owner", "opened as")
     for task in plan.tasks:
         for planned in task.opens:
-            ghost = planned.opening.ghost
+            ghost = facts_of(plan, planned.opening)
             files.add_row(
                 str(task.task.pid),
                 escape(text(planned.opening.file.name)),
@@ -33,6 +33,8 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
             )
     if files.rows:
         console.print(files)
+    for link in plan.links.values():
+        console.print(f"opened by its link remap: {escape(text(link.linked.hidden))}")
     leased = plan.leased
     mounts = table("mounts", "ns", "mount point", "options", "service side", "task side")
     for mount in plan.mounts.values():

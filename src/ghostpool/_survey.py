@@ -18,6 +18,7 @@ import anyio.to_thread
 from ghostpool import _room
 from ghostpool._apart import apart
 from ghostpool._errors import MountNotFound, Overmounted, PlanError, leaves
+from ghostpool._linkremaps import Place
 from ghostpool._match import Namespace
 from ghostpool._model import Images, MountHandle, NsId
 from ghostpool._mounttable import MountTable
@@ -25,7 +26,7 @@ from ghostpool._paths import text
 from ghostpool._plan import Planner
 from ghostpool._planned import Plan, PlannedMount, Policy
 from ghostpool._pool import WorkerPool
-from ghostpool._protocol import Failure, Look, MountFacts, Room
+from ghostpool._protocol import Failure, Found, Look, MountFacts, Room
 from ghostpool._targets import Target
 from ghostpool._workerclient import WorkerFailure
 
@@ -77,7 +78,8 @@ class Survey:
         self._admit(planner)
         await self._open_mounts(planner)
         looks = await self._look(planner)
-        plan = await apart(lambda: planner.finish(looks), pieces)
+        found = await self._find(planner)
+        plan = await apart(lambda: planner.finish(looks, found), pieces)
         await self._check_room(planner, plan)
         return plan
 
@@ -152,6 +154,26 @@ class Survey:
 
         await _each(look, list(by_target.items()))
         return looks
+
+    async def _find(self, planner: Planner) -> dict[Place, Found]:
+        mounts = {planned.handle: planned for planned in planner.mounts}
+        by_target: dict[int, list[Place]] = {}
+        for place in planner.names:
+            by_target.setdefault(mounts[place[0]].namespace.target.index, []).append(place)
+        found: dict[Place, Found] = {}
+
+        async def find(item: tuple[int, list[Place]]) -> None:
+            index, places = item
+            for start in range(0, len(places), _BATCH):
+                batch = places[start : start + _BATCH]
+                handles = {handle for handle, _, _ in batch}
+                answers, _ = await self._pool.call(
+                    index % self._pool.jobs, "find", batch, target=index, mounts=handles
+                )
+                found.update(zip(batch, (Found(*fields) for fields in answers), strict=True))
+
+        await _each(find, list(by_target.items()))
+        return found
 
     async def _check_room(self, planner: Planner, plan: Plan) -> None:
         by_target: dict[int, list[_room.Part]] = {}

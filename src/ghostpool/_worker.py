@@ -22,6 +22,7 @@ from ghostpool._creating import CreateWork
 from ghostpool._directories import Directories
 from ghostpool._failed import Failed, Work
 from ghostpool._filling import FillWork
+from ghostpool._finding import FindWork
 from ghostpool._mountwork import MountWork
 from ghostpool._opening import OpenWork
 from ghostpool._protocol import MAX_FDS, BlockingChannel, EndOfStream, Failure, Report
@@ -60,6 +61,7 @@ class Worker(Work):
             "make_writable": mounts.do_make_writable,
             "make_read_only": mounts.do_make_read_only,
             "look": directories.do_look,
+            "find": FindWork(directories).do_find,
             "forget_directories": directories.do_forget_directories,
             "create": lambda out, operations: creating.do_create(out, operations, *self.given),
             "place": creating.do_place,

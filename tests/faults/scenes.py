@@ -26,7 +26,7 @@ from ghostpool._planned import Strategy
 from ghostpool.testing._forked import fork
 from ghostpool.testing._namespace import enter
 from ghostpool.testing._targets import built
-from tests.support.imagewriter import ImageSet
+from tests.support.imagewriter import LINKED, ImageSet
 from tests.support.live import host_programs
 
 RO = int(Attr.RDONLY)
@@ -120,10 +120,22 @@ def _rebuilt() -> ImageSet:
     return made
 
 
+def _link_remap() -> ImageSet:
+    made = ImageSet()
+    made.mount("/", ns=10)
+    made.mount("/data", ns=10, flags=MS_RO)
+    made.task(1, ns=10)
+    reg = made.open(1, 3, "/data/gone/linked")
+    made.reg("/data/link_remap.90", id=90, flags=0, mode=None, with_mount=False)
+    made.remap(reg, 90, LINKED)
+    return made
+
+
 def definitions() -> list[Definition]:
     """All scenes; the first one that comes to a step is where its faults are tried."""
     data = _mount(2, "/data", _file("/data/taken"))
     other = _mount(2, "/data", _file("/data/own"))
+    hidden = _mount(2, "/data", _file("/data/link_remap.90")._replace(mode=stat.S_IFREG | 0o644))
     links, programs = host_programs(10)
     root = _ROOT._replace(nodes=links)
     return [
@@ -132,6 +144,7 @@ def definitions() -> list[Definition]:
         Definition("detached", _one_mount, ((_ROOT, data),), strategy="detached", discard=True),
         Definition("keep", _kept, ((_ROOT, data),), keep=True),
         Definition("command", _one_mount, ((root, data, *programs),), command=("/bin/true",)),
+        Definition("link remap", _link_remap, ((_ROOT, hidden),)),
         Definition("rebuilt", _rebuilt, (), rebuilt=True),
     ]
 
@@ -245,7 +258,8 @@ def _walk(found: dict[str, tuple[Any, ...]], path: str, device: int) -> None:
     if status.st_dev != device:
         return
     content = ""
-    times = (status.st_mtime_ns, status.st_ctime_ns)
+    # Linking sets a file's ctime: one with a link remap had another name for a moment.
+    times = (status.st_mtime_ns, 0 if "/link_remap." in path else status.st_ctime_ns)
     if stat.S_ISREG(status.st_mode):
         with open(path, "rb") as file:
             content = hashlib.sha256(file.read()).hexdigest()

@@ -21,6 +21,7 @@ SCANNED = (
     "_creating",
     "_directories",
     "_filling",
+    "_finding",
     "_forkserver",
     "_guardian",
     "_journal",

@@ -395,7 +395,7 @@ GHOSTS: list[tuple[Callable[[], ImageSet], tuple[str, ...]]] = [
     (ghost_device, ("/data/sub/gone", "1:3", "--allow-devices")),
     (lambda: one_ghost(mode=0o104755), ("/data/sub/gone", "4755", "--allow-setuid")),
     (lambda: one_ghost(mode=0o102755), ("/data/sub/gone", "2755", "--allow-setuid")),
-    (link_remap, ("/data/sub/gone", "link remap")),
+    (link_remap, ("/data/sub/gone", "link remap", "is not there on /data")),
     (mapping, ("/data/sub/mapped", "task 1", "10000")),
     (working_directory, ("/data/sub/cwd", "task 1", "cwd")),
     (executable, ("/data/sub/program", "task 1", "exe")),

@@ -41,7 +41,7 @@ LAYERS = [
     "_guard _mend",
     "_pool _serve",
     "_barrier _lease _memory _plan",
-    "_admission _holders _inspection _lease_table _room _slots",
+    "_admission _holders _inspection _lease_table _linkremaps _room _slots",
     "_listener _needs _planned",
     "_match _sandbox _workerclient",
     "_namespaces _process _reader _reading _rundir _targets",
@@ -57,7 +57,7 @@ LAYERS = [
     "_forkserver",
     "_build _command _guardian",
     "_worker",
-    "_buildfiles _creating _descriptors _filling _mountwork _opening _removing",
+    "_buildfiles _creating _descriptors _filling _finding _mountwork _opening _removing",
     "_directories _journal",
     "_failed",
     "_confine _protocol",
@@ -66,7 +66,7 @@ LAYERS = [
 ]
 CHILD_SIDE = """
     _forkserver _guardian _build _command _descriptors _worker
-    _buildfiles _creating _filling _mountwork _opening _removing
+    _buildfiles _creating _filling _finding _mountwork _opening _removing
     _directories _failed _journal _protocol _confine _buildspec _identity _mountinfo
     _capabilities _seal
 """
