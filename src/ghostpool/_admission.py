@@ -19,6 +19,7 @@ from ghostpool._linux import Attr
 from ghostpool._match import Site
 from ghostpool._model import FifoData, Ghost, Linked, RegFile
 from ghostpool._mountinfo import LiveMount
+from ghostpool._ownership import no_such_owner
 from ghostpool._paths import text
 from ghostpool._planned import Policy
 
@@ -77,7 +78,7 @@ def check_ghost(ghost: Ghost, policy: Policy) -> None:
             f"{len(ghost.extents)} pieces of content, more than {_MOST_EXTENTS} in one file"
         )
     if not policy.own_owner and not policy.mapped(ghost.uid, ghost.gid):
-        raise PlanError(f"its owner {ghost.uid}:{ghost.gid} does not exist in this user namespace")
+        raise no_such_owner(ghost.uid, ghost.gid)
 
 
 def _check_privileged(ghost: Ghost, policy: Policy) -> None:

@@ -10,6 +10,8 @@ namespaces.
 
 from __future__ import annotations
 
+import os
+import signal
 from enum import IntFlag
 
 from ghostpool import _linux
@@ -101,6 +103,8 @@ NEEDED: dict[str, int] = {
 
 WORKER = ENTER | _FILES
 """With MKNOD if the operator allows devices; fifos need none."""
+ACT = int(Cap.SETUID | Cap.SETGID)
+"""Owning new files as somebody whom a target's user namespace, or an idmapped mount, has."""
 GUARDIAN = ENTER | _NAMES
 """It makes mounts read-only and removes names, and nothing else."""
 BUILDER = ENTER | _SEARCH
@@ -141,6 +145,18 @@ class Capabilities:
             _linux.capset(wanted, self._permitted, 0)
             self._effective = wanted
 
+    def act_as(self, uid: int, gid: int) -> None:
+        """Own new files as these, and have nothing in effect."""
+        self.need(ACT)
+        try:
+            _linux.setfsids(uid, gid)
+            _linux.prctl(_linux.PR_SET_DUMPABLE, 0)
+            _linux.prctl(_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        finally:
+            # The kernel has changed what is in effect.
+            self._effective = 0
+            _linux.capset(0, self._permitted, 0)
+
     def give_up(self, some: int) -> None:
         """Lose these for good."""
         self._permitted &= ~some
@@ -158,6 +174,20 @@ def take_up(some: int) -> None:
     """Have these in effect again: a child of the fork server."""
     _, permitted, inheritable = _linux.capget()
     _linux.capset(some & permitted, permitted, inheritable)
+
+
+def become_root_of(user_namespace: int) -> None:
+    """Enter it as its root, or as whoever it has in its place: a command of a container in one.
+
+    Every capability there is in effect then, and none anywhere else.
+    """
+    _linux.setns(user_namespace, _linux.CLONE_NEWUSER)
+    try:
+        os.setgroups([])
+    except PermissionError:
+        pass  # not where setgroups is denied; they mean nobody there
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
 
 
 def become_command(keep: int) -> None:

@@ -40,10 +40,12 @@ def main(
     soft_limit: int,
     core_limit: int,
     capabilities: int,
+    in_user_namespace: bool,
 ) -> None:
-    """Become the command: namespace, capabilities, descriptors, limits, signals, exec.
+    """Become the command: namespaces, capabilities, descriptors, limits, signals, exec.
 
-    `fds`: status socket, mount namespace, stdin, stdout, stderr, then one for each of `numbers`.
+    `fds`: status socket, mount namespace, stdin, stdout, stderr, then one for each of `numbers`,
+    and with `in_user_namespace` that.
     The status socket is close-on-exec, as is every other descriptor that has no place in the
     command: its end without a word means that exec succeeded.
     """
@@ -55,6 +57,9 @@ def main(
         work._step = "setns"
         _capabilities.take_up(_capabilities.ENTER)
         _linux.setns(fds[1], _linux.CLONE_NEWNS)
+        if in_user_namespace:
+            # A file of the container must not be executed as more than the container's root.
+            _capabilities.become_root_of(fds.pop())
         work._step = "capset"
         _capabilities.become_command(capabilities)
         work._step = "dup2"

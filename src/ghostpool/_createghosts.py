@@ -44,6 +44,7 @@ class Creator:
         self._ledger = ledger
         self._slots = slots
         self._events = events
+        self._owners = plan.owners
         self._owner = (os.geteuid(), os.getegid()) if own_owner else None
 
     async def create(self) -> None:
@@ -113,8 +114,7 @@ class Creator:
             planned.directory,
             planned.name,
             ghost.mode,
-            self._owner[0] if self._owner else ghost.uid,
-            self._owner[1] if self._owner else ghost.gid,
+            *(self._owner or self._owners.get(ghost.id) or (ghost.uid, ghost.gid)),
             planned.times_ns,
             ghost.rdev or 0,
             ghost.target or b"",

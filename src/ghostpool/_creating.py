@@ -24,6 +24,8 @@ class CreateWork(Work):
         self._directories = directories
         self._own_fds = own_fds
         self._images = -1
+        self.owner = os.geteuid()
+        """Whose new files are."""
 
     def do_create(
         self, out: list[int], operations: list[tuple[Any, ...]], images: int
@@ -69,7 +71,7 @@ class CreateWork(Work):
             try:
                 self._step = "fstat"
                 status = os.fstat(fd)
-                if not _is_new(status, kind, operation.rdev, os.fstat(directory)):
+                if not self._is_new(status, kind, operation.rdev, os.fstat(directory)):
                     raise Mismatch("identity of the new file")
                 self._step = "fchownat"
                 _linux.lchown_fd(fd, operation.uid, operation.gid)
@@ -94,6 +96,25 @@ class CreateWork(Work):
             except OSError:
                 pass
             raise
+
+    def _is_new(
+        self, status: os.stat_result, kind: int, rdev: int, directory: os.stat_result
+    ) -> bool:
+        """Whether this can be what was just made in the directory.
+
+        No call makes such a file and opens it; a task of the container sees the name and may have
+        moved something else there, of root perhaps, whose owner would be changed. What it has not
+        made itself it can give no other mode or time: so it must be closed to others and as young
+        as the directory's latest change, by the file system's own clock.
+        """
+        open_to_others = kind != stat.S_IFLNK and status.st_mode & 0o5077
+        return (
+            stat.S_IFMT(status.st_mode) == kind
+            and status.st_rdev == rdev
+            and status.st_uid == self.owner
+            and not open_to_others
+            and abs(status.st_mtime_ns - directory.st_mtime_ns) < _NEW_NS
+        )
 
     def _create_regular(self, operation: CreateOp, directory: int) -> Created:
         name = operation.name
@@ -202,21 +223,3 @@ class CreateWork(Work):
         except BaseException:
             self._directories.remove(operation.mount, made)
             raise
-
-
-def _is_new(status: os.stat_result, kind: int, rdev: int, directory: os.stat_result) -> bool:
-    """Whether this can be what was just made in the directory.
-
-    No call makes such a file and opens it; a task of the container sees the name and may have
-    moved something else there, of root perhaps, whose owner would be changed. What it has not
-    made itself it can give no other mode or time: so it must be closed to others and as young as
-    the directory's latest change, by the file system's own clock.
-    """
-    open_to_others = kind != stat.S_IFLNK and status.st_mode & 0o5077
-    return (
-        stat.S_IFMT(status.st_mode) == kind
-        and status.st_rdev == rdev
-        and status.st_uid == os.geteuid()
-        and not open_to_others
-        and abs(status.st_mtime_ns - directory.st_mtime_ns) < _NEW_NS
-    )

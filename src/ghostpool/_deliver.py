@@ -103,6 +103,7 @@ async def _start(
             descriptors,
             run.soft_limit,
             capabilities,
+            target.user_namespace,
         )
     except CommandFailed as error:
         what = f"{argv[0]}: {os.strerror(error.errno)}"

@@ -16,7 +16,16 @@ import select
 import signal
 from typing import Any
 
-from ghostpool import _build, _buildspec, _capabilities, _command, _guardian, _linux, _worker
+from ghostpool import (
+    _build,
+    _buildspec,
+    _capabilities,
+    _command,
+    _guardian,
+    _linux,
+    _usermaps,
+    _worker,
+)
 from ghostpool._failed import Work
 from ghostpool._protocol import BlockingChannel, EndOfStream
 from ghostpool._seal import seal_imports
@@ -96,6 +105,9 @@ class ForkServer(Work):
                 status = 0
             elif kind == "build":
                 _build_namespaces(BlockingChannel(fds[0]), arguments[0])
+                status = 0
+            elif kind == "user_maps":
+                _usermaps.main(fds)
                 status = 0
             elif kind == "spawn":
                 _command.main(fds, *arguments)

@@ -256,6 +256,23 @@ def unshare(flags: int) -> None:
         raise _fail("unshare")
 
 
+def setfsids(uid: int, gid: int) -> None:
+    """Own new files as these: setfsuid(2), setfsgid(2). Needs CAP_SETUID and CAP_SETGID.
+
+    Like every change of credentials it makes the process dumpable as fs.suid_dumpable says, forgets
+    PR_SET_PDEATHSIG, and takes the capabilities for files out of effect when it leaves user 0
+    (or puts them in when it comes back): capabilities(7). They say nothing when they fail: EPERM
+    is what asking again tells.
+    """
+    _libc.setfsgid(ctypes.c_uint(gid))
+    _libc.setfsuid(ctypes.c_uint(uid))
+    nobody = ctypes.c_uint(0xFFFFFFFF)
+    now = (_libc.setfsuid(nobody) & 0xFFFFFFFF, _libc.setfsgid(nobody) & 0xFFFFFFFF)
+    if now != (uid, gid):
+        ctypes.set_errno(errno.EPERM)
+        raise _fail("setfsuid")
+
+
 def prctl(option: int, value: int = 0, further: int = 0) -> int:
     """prctl(2) with one or two numeric arguments; what it returns."""
     args = [ctypes.c_ulong(value), ctypes.c_ulong(further)] + [ctypes.c_ulong(0)] * 2

@@ -26,6 +26,7 @@ from ghostpool._guard import Guard
 from ghostpool._launch import launch
 from ghostpool._lease import MountLeases, one_of, raise_besides
 from ghostpool._leftovers import undo_leftovers
+from ghostpool._linux import close_all
 from ghostpool._match import Namespace
 from ghostpool._model import MountHandle, NsId
 from ghostpool._mountkernel import PoolMounts
@@ -73,8 +74,9 @@ async def open_leases(
     Raises PlanError before anything is changed: NamespaceNotFound; MountNotFound for what is no
     mount point there; Overmounted for one that another mount hides; ReadOnlySuperblock;
     HostNamespace, since no mount of the host's namespace, or of this process's own, is ever
-    remounted; UnsupportedError for a namespace that another user namespace owns. KernelError: the
-    journal can not be written. These errors come alone, not in a group.
+    remounted; UnsupportedError for a namespace whose owner is a user namespace that is not below
+    this process's own. KernelError: the journal can not be written. These errors come alone, not
+    in a group.
 
     `hold` raises MountNotFound for what is not among `mounts`, before it changes anything,
     KernelError for a mount that can not be made writable, WorkerDied if the guardian has died, and
@@ -93,7 +95,7 @@ async def open_leases(
         _, hard = stack.enter_context(all_descriptors())
         _needs.check(_counts(len(points)), 1, None, hard)
         (target,) = pin([str(namespace)]).values()
-        stack.callback(os.close, target.fd)
+        stack.callback(close_all, target.fds)
         if target.is_host:
             raise HostNamespace(f"{target.label} is the host's, whose mounts are never remounted")
         server = await stack.enter_async_context(ForkServer.running(launch(), stall_s))

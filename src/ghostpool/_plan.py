@@ -49,6 +49,7 @@ from ghostpool._model import (
 )
 from ghostpool._mountinfo import LiveMount
 from ghostpool._needs import Counts
+from ghostpool._ownership import Ownership, notes
 from ghostpool._paths import is_below, join, relative_to, text
 from ghostpool._planned import (
     ALTERNATIVE,
@@ -107,6 +108,9 @@ class Planner:
         self._plan = Plan(images, token, policy.strategy)
         self._images = images
         self._namespaces = namespaces
+        self._ownership = Ownership(self._plan, policy)
+        if any(namespace.target.ids for namespace in namespaces.values()):
+            policy = policy._replace(mapped=Policy().mapped)  # others have them, or not
         self._policy = policy
         self._prefix = b".ghostpool-%s-" % token
         self._matcher = Matcher(images, namespaces)
@@ -155,13 +159,6 @@ class Planner:
         for task in self._images.tasks:
             for descriptor in task.descriptors:
                 held.setdefault(files[descriptor.reg_id].id, descriptor.fifo)
-        if self._images.own_user_namespace:
-            self.refuse(
-                self._images.directory,
-                UnsupportedError(
-                    "dumped in a user namespace of its own, whose ids are not translated yet"
-                ),
-            )
         for remap in self._images.remaps:
             file = self._images.files[remap.origin]
             try:
@@ -337,23 +334,35 @@ class Planner:
         found: Mapping[Place, Found] = MappingProxyType({}),
     ) -> Plan:
         """The plan, given what stands at the old names, and what the hidden ones lead to."""
+        owned = self._ownership if self._ownership.needed else None
         for opening, link in self._links.resolve(found):
             if isinstance(link, PlanError):
                 self.refuse(f"{text(opening.file.name)} (file id {opening.file.id})", link)
             else:
                 self._openings[opening.file.id] = opening
                 self._plan.links[link.linked.id] = link
+                if owned is not None:
+                    owned.note(opening.mount, link.mount)
         for openings in self._by_ghost():
             try:
                 self._place(openings, looks)
+                if owned is not None:
+                    owned.settle(openings)
             except GhostpoolError as error:
                 names = ", ".join(sorted({text(o.file.name) for o in openings}))
                 self.refuse(names, error)
         self._first.clear()
+        self._note_owners()
         if not self._plan.refusals:
             self._assign(looks)
             self._note_strategies()
         return self._plan
+
+    def _note_owners(self) -> None:
+        for index, error in self._ownership.choose():
+            labels = {n.target.label for n in self._namespaces.values() if n.target.index == index}
+            self.refuse(labels.pop(), error)
+        self._plan.warnings += notes(self._plan)
 
     def _note_strategies(self) -> None:
         if self._plan.strategy != "detached":

@@ -33,6 +33,7 @@ from ghostpool._mountinfo import LiveMount
 from ghostpool._paths import join, text
 from ghostpool._pipelimit import pipe_limit
 from ghostpool._protocol import Found
+from ghostpool._userns import IdMaps
 
 Strategy = Literal["remount", "detached"]
 """How a task's read-only mount takes the old name of a ghost: it is made writable for that long, or
@@ -76,6 +77,8 @@ class PlannedMount:
     for a read-only mount of which none can be made: then its own lease serves."""
     fsid: int = 0
     """Number of its file system, found by the survey; see MountFacts."""
+    idmap: IdMaps | None = None
+    """Of an idmapped mount: ids on its file system to ids that it shows; found by the survey."""
     root: bytes = field(init=False)
     """What of the file system is mounted: a path inside it."""
     read_only: bool = field(init=False)
@@ -92,6 +95,11 @@ class PlannedMount:
     def service(self) -> MountHandle:
         """The side for creating and cleaning."""
         return self._service if self.clone else self.handle
+
+    @property
+    def service_idmap(self) -> IdMaps | None:
+        """As `idmap`, of that side."""
+        return self.idmap
 
     @property
     def label(self) -> str:
@@ -349,6 +357,10 @@ class Plan:
     """What waited in ghost fifos, and is put back; with a size of the pipe that it can have."""
     links: dict[GhostId, PlannedLink] = field(default_factory=dict)
     """Files of link remaps, which are opened like ghosts that are there already."""
+    owners: dict[GhostId, tuple[int, int]] = field(default_factory=dict)
+    """Who is made owner, of ghosts whose ids are others where they are made; see _ownership."""
+    acting: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By target: whom workers make files as, where it can not be ghostpool's user."""
     tasks: list[PlannedTask] = field(default_factory=list)
     privileged: list[Privileged] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)

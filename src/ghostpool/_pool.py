@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -75,6 +75,7 @@ class WorkerPool:
         self.add_targets(targets)
         self.mount_setattr = mount_setattr
         self._devices = devices
+        self._acting: dict[int, tuple[int, int]] = {}
         self._watch: Callable[[Child], Awaitable[None]] | None = None
         self.images = -1
         """Directory that ghost images are read from, lent to requests that create."""
@@ -130,6 +131,15 @@ class WorkerPool:
         self._targets.update((target.index, target.fd) for target in targets)
         self._target_labels.update((target.index, target.label) for target in targets)
 
+    async def act_as(self, owners: Mapping[int, tuple[int, int]]) -> None:
+        """By target: who owns what workers make there, where it can not be ghostpool's user.
+
+        The workers that there are have given up for good what this takes: others replace them.
+        """
+        if owners:
+            await self.stop()
+            self._acting.update(owners)
+
     def watch_nobody(self) -> None:
         """Nobody is told any more."""
         self._watch = None
@@ -163,7 +173,10 @@ class WorkerPool:
                 worker = self._slots[slot] = self._least_shared()
             if worker is None:
                 worker = await WorkerClient.forked(
-                    self._server, mount_setattr=self.mount_setattr, devices=self._devices
+                    self._server,
+                    mount_setattr=self.mount_setattr,
+                    devices=self._devices,
+                    acting=bool(self._acting),
                 )
                 self._slots[slot] = worker
                 self.started += 1
@@ -241,6 +254,7 @@ class WorkerPool:
                     request,
                     *arguments,
                     namespace=target,
+                    acting=self._acting.get(target),
                     namespaces={target: self._targets[target]} if target >= 0 else {},
                     mounts={handle: self.mounts[handle] for handle in handles},
                     fds=fds,

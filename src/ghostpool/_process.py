@@ -274,6 +274,36 @@ class ForkServer:
         finally:
             channel.close()
 
+    async def user_maps(self, user_namespace: int) -> tuple[str, str]:
+        """The uid_map and gid_map of a user namespace, as this process has to see them.
+
+        MapsHidden: it can not be entered. WorkerDied: who was to enter it was killed.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        channel = Channel(ours.detach())
+        try:
+            try:
+                child = await self.fork("user_maps", fds=[theirs.fileno(), user_namespace])
+            finally:
+                theirs.close()
+            try:
+                failure, _ = await child.moves(channel.receive, self.stall_s)
+                if failure is not None:
+                    raise MapsHidden(*failure)
+                maps = [_map_of(child.pid, name) for name in ("uid_map", "gid_map")]
+                # They are its own only if it was still there after they were read.
+                if has_ended(child.pidfd):
+                    raise anyio.EndOfStream
+            except anyio.EndOfStream:
+                raise WorkerDied("who reads the maps of a user namespace was killed") from None
+            except WorkerHung as error:
+                raise WorkerHung(f"process {child.pid} hangs: {error}") from None
+            finally:
+                child.signal(signal.SIGKILL)
+            return maps[0], maps[1]
+        finally:
+            channel.close()
+
     async def command(
         self,
         argv: list[bytes],
@@ -282,8 +312,11 @@ class ForkServer:
         descriptors: Mapping[int, int],
         soft_limit: int,
         capabilities: int,
+        user_namespace: int = -1,
     ) -> Child:
         """Start a command in a mount namespace with exactly these descriptors.
+
+        With a `user_namespace`, it is the root of that.
 
         `descriptors`: number in the command to descriptor here. Standard input, output and error
         are the coordinator's where they are not among them. Of the `capabilities` it has those
@@ -293,7 +326,8 @@ class ForkServer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         status = Channel(ours.detach())
         try:
-            fds = [theirs.fileno(), namespace, 0, 1, 2, *descriptors.values()]
+            inside = [user_namespace] if user_namespace >= 0 else []
+            fds = [theirs.fileno(), namespace, 0, 1, 2, *descriptors.values(), *inside]
             try:
                 core_limit, _ = resource.getrlimit(resource.RLIMIT_CORE)
                 child = await self.fork(
@@ -304,6 +338,7 @@ class ForkServer:
                     soft_limit,
                     core_limit,
                     int(capabilities),
+                    bool(inside),
                     fds=fds,
                 )
             finally:
@@ -333,6 +368,15 @@ class BuildFailed(Exception):
         super().__init__(f"{path}: {syscall}: {os.strerror(errno)}")
 
 
+class MapsHidden(Exception):
+    """A user namespace can not be entered: errno and system call as attributes."""
+
+    def __init__(self, errno: int, step: str) -> None:
+        self.errno = errno
+        self.step = step
+        super().__init__(f"{step}: {os.strerror(errno)}")
+
+
 class CommandFailed(Exception):
     """A command was not executed: the step that failed and its errno."""
 
@@ -340,6 +384,14 @@ class CommandFailed(Exception):
         self.step = step
         self.errno = errno
         super().__init__(f"{step}: {os.strerror(errno)}")
+
+
+def _map_of(pid: int, name: str) -> str:
+    try:
+        with open(f"/proc/{pid}/{name}", encoding="ascii") as file:
+            return file.read()
+    except OSError:
+        raise anyio.EndOfStream from None
 
 
 async def _reap(launched: Launched) -> None:

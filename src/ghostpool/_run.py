@@ -276,6 +276,11 @@ async def prepared(
         pinned = pin(named)
         targets = distinct(pinned.values())
         stack.callback(_close, targets)
+        if any(target.user_namespace >= 0 for target in targets):
+            from ghostpool._owners import learn_maps
+
+            pinned = await learn_maps(server, pinned)
+            targets[:] = distinct(pinned.values())
         reading = request.reading or start_reading(
             request.images_dir, request.max_size, all_mounts=not named
         )
@@ -303,6 +308,7 @@ async def prepared(
                 tables = await read_tables(pool, targets)
             survey = Survey(pool, images, request.policy, admit)
             plan = await survey.plan(by_id, tables, os.urandom(6).hex().encode())
+            await pool.act_as(plan.acting)
             report.plan = plan
             report.identities = survey.identities
             _log_plan(plan)
@@ -430,7 +436,7 @@ async def _rebuilt(
 
 
 def _close(targets: Iterable[Target]) -> None:
-    _linux.close_all(target.fd for target in targets)
+    _linux.close_all(fd for target in targets for fd in target.fds)
 
 
 async def run_plan(request: Request, launched: Launched, report: Report) -> None:

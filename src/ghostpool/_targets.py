@@ -15,6 +15,7 @@ from ghostpool._errors import NamespaceNotFound, UnsupportedError
 from ghostpool._identity import has_ended
 from ghostpool._linux import close_all
 from ghostpool._model import HOST_NS, Images, NsId
+from ghostpool._userns import IdMaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,15 @@ class Target:
     """The mount namespace of pid 1 or our own: never remounted."""
     enter: str | None
     """Pid or path that names it for mount -N and nsenter; None: it ends with this run."""
+    user_namespace: int = -1
+    """Descriptor of the user namespace that owns it; -1: our own does."""
+    ids: IdMaps | None = None
+    """The maps of that, as we see them; None: ids are the same there."""
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """Its descriptors, to be closed when the run is over."""
+        return (self.fd, self.user_namespace) if self.user_namespace >= 0 else (self.fd,)
 
 
 def parse_namespace_option(text: str) -> tuple[NsId, str]:
@@ -121,17 +131,19 @@ def pin(places: Iterable[str]) -> dict[str, Target]:
     """Open every target, by its pid or path; places that lead to one namespace share its Target.
 
     NamespaceNotFound: a pid that is not alive, a path that is no mount namespace.
-    UnsupportedError: a mount namespace that another user namespace owns.
+    UnsupportedError: a mount namespace that a user namespace above, or beside, our own owns.
     """
     opened: list[tuple[int, str, str]] = []
+    owners: list[int] = []
     try:
         for where in dict.fromkeys(places):
             fd, enter = _open_namespace(where)
             opened.append((fd, where, enter))
-            _check(fd, where)
-        return _share(opened)
+            owners.append(_owner(fd, where))
+        return _share(opened, owners)
     except BaseException:
         close_all(fd for fd, _, _ in opened)
+        close_all(owner for owner in owners if owner >= 0)
         raise
 
 
@@ -140,7 +152,8 @@ def distinct(targets: Iterable[Target]) -> list[Target]:
     return sorted({target.index: target for target in targets}.values(), key=lambda one: one.index)
 
 
-def _check(fd: int, where: str) -> None:
+def _owner(fd: int, where: str) -> int:
+    """Descriptor of the user namespace that owns this mount namespace; -1: our own does."""
     try:
         kind = _linux.namespace_type(fd)
     except OSError:
@@ -149,18 +162,15 @@ def _check(fd: int, where: str) -> None:
         raise NamespaceNotFound(f"{where} is not a mount namespace")
     try:
         owner = _linux.owning_user_namespace(fd)
-    except OSError:
-        owner = -1
-    try:
-        own = owner >= 0 and _status_identity(owner) == _identity("/proc/self/ns/user")
-    finally:
-        if owner >= 0:
-            os.close(owner)
-    if not own:
+    except OSError as error:
         raise UnsupportedError(
-            f"the mount namespace of {where} belongs to another user namespace: restoring into "
-            "user namespaces is not supported yet"
-        )
+            f"the mount namespace of {where} belongs to a user namespace that is not below this "
+            "process's own: run the restore in one that is above it"
+        ) from error
+    if _status_identity(owner) == _identity("/proc/self/ns/user"):
+        os.close(owner)
+        return -1
+    return owner
 
 
 def _status_identity(fd: int) -> tuple[int, int]:
@@ -168,15 +178,15 @@ def _status_identity(fd: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _share(opened: Iterable[tuple[int, str, str]]) -> dict[str, Target]:
+def _share(opened: Iterable[tuple[int, str, str]], owners: Iterable[int]) -> dict[str, Target]:
     # In some sandboxes pid 1's namespace can not be read; then our own is the host's.
     hosts = {_identity("/proc/1/ns/mnt"), _identity("/proc/self/ns/mnt")}
     by_identity: dict[tuple[int, int], Target] = {}
     targets: dict[str, Target] = {}
-    for fd, where, enter in opened:
+    for (fd, where, enter), owner in zip(opened, owners, strict=True):
         identity = _status_identity(fd)
         if identity in by_identity:
-            os.close(fd)
+            close_all((fd,) if owner < 0 else (fd, owner))
         else:
             how = f"pid {where}" if where.isdecimal() else where
             by_identity[identity] = Target(
@@ -186,6 +196,7 @@ def _share(opened: Iterable[tuple[int, str, str]]) -> dict[str, Target]:
                 label=f"mnt:[{identity[1]}] ({how})",
                 is_host=identity in hosts,
                 enter=enter,
+                user_namespace=owner,
             )
         targets[where] = by_identity[identity]
     return targets

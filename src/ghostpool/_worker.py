@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ghostpool import _linux
-from ghostpool._capabilities import ENTER, NEEDED, WORKER, Cap, Capabilities
+from ghostpool._capabilities import ACT, ENTER, NEEDED, WORKER, Cap, Capabilities
 from ghostpool._creating import CreateWork
 from ghostpool._directories import Directories
 from ghostpool._failed import Failed, Work
@@ -42,13 +42,14 @@ class Worker(Work):
         for those that the request takes out of here."""
         self._namespaces: dict[int, int] = {}
         self._current: int | None = None
+        self._acting: tuple[int, int] | None = None
         self._mounts: dict[int, int] = {}
         # Opened while "/proc" still is the host's: the way to name a descriptor as a path.
         self._step = "openat"
         own_fds = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         directories = Directories(self._mounts)
         mounts = MountWork(self._mounts, own_fds, mount_setattr)
-        creating = CreateWork(directories, own_fds)
+        creating = self._creating = CreateWork(directories, own_fds)
         filling = FillWork(directories, own_fds)
         opening = OpenWork(directories, own_fds)
         # Every request gets a list for the descriptors that go back with its result.
@@ -86,7 +87,7 @@ class Worker(Work):
     def serve(self) -> None:
         """Answer requests until the coordinator closes the socket."""
         while True:
-            (namespace, new_namespaces, new_mounts, request, *arguments), fds = (
+            (namespace, acting, new_namespaces, new_mounts, request, *arguments), fds = (
                 self._channel.receive()
             )
             taken = iter(fds)
@@ -100,6 +101,8 @@ class Worker(Work):
                 try:
                     if namespace >= 0 and namespace != self._current:
                         self._enter(namespace)
+                    if acting != self._acting:
+                        self._act_as(acting)
                     result = self._requests[request](out, *arguments)
                 finally:
                     _linux.close_all(self.given)
@@ -135,22 +138,31 @@ class Worker(Work):
             raise Failed(-1, error.errno or errno.EIO, self._step, b"", -1) from error
         self._current = namespace
 
+    def _act_as(self, owner: tuple[int, int] | None) -> None:
+        """Own new files as somebody whom the namespace has, or as ghostpool does."""
+        uid, gid = owner or (os.geteuid(), os.getegid())
+        self._capabilities.act_as(uid, gid)
+        self._creating.owner = uid
+        self._acting = owner
+
 
 def _last_words(_: list[int]) -> tuple[int, ...]:
     return tuple(Report(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
-def main(fd: int, mount_setattr: bool, devices: bool = False) -> None:
+def main(fd: int, mount_setattr: bool, devices: bool = False, acting: bool = False) -> None:
     """Body of a forked worker; returns when the coordinator is gone or done.
 
-    `devices`: the operator allows device ghosts.
+    `devices`: the operator allows device ghosts. `acting`: there are targets whose files can not
+    be owned by ghostpool's user.
     """
     os.umask(0)
     # What goes wrong is told through the socket; the user's terminal has no place in a container.
     os.dup2(0, 2)
     _linux.prctl(_linux.PR_SET_NO_NEW_PRIVS, 1)
     _linux.prctl(_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
-    capabilities = Capabilities(WORKER | (Cap.MKNOD if devices else 0))
+    ever = WORKER | (Cap.MKNOD if devices else 0) | (ACT if acting else 0)
+    capabilities = Capabilities(int(ever))
     try:
         Worker(BlockingChannel(fd), mount_setattr, capabilities).serve()
     except (EndOfStream, ConnectionError, BrokenPipeError):

@@ -74,14 +74,16 @@ class WorkerClient:
         *,
         mount_setattr: bool = True,
         devices: bool = False,
+        acting: bool = False,
     ) -> WorkerClient:
         """Fork a worker, or the guardian, which is one too.
 
         `mount_setattr=False` makes it do as on Linux before 5.12. `devices`: it may make them.
+        `acting`: it may own files as somebody else.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            extra = [True] if devices else []
+            extra = [devices, acting] if devices or acting else []
             child = await server.fork(kind, mount_setattr, *extra, fds=[theirs.fileno()])
         except BaseException:
             ours.close()
@@ -95,6 +97,7 @@ class WorkerClient:
         request: str,
         *arguments: object,
         namespace: int = -1,
+        acting: tuple[int, int] | None = None,
         namespaces: Mapping[int, int] | None = None,
         mounts: Mapping[MountHandle, int] | None = None,
         fds: Iterable[int] = (),
@@ -106,7 +109,8 @@ class WorkerClient:
 
         `sent` is called as soon as the request is sent.
 
-        `namespace` is entered first. `namespaces` and `mounts` (number to descriptor here) are
+        `namespace` is entered first; `acting` owns what is made there, ghostpool if it is None.
+        `namespaces` and `mounts` (number to descriptor here) are
         sent along as far as this worker lacks them. WorkerFailure if the operation failed,
         WorkerDied if the worker ended, or gave no answer within `deadline_s` seconds, WorkerHung
         if it shows no sign of life for `stall_s` seconds (or those that hold for all workers, if
@@ -124,7 +128,7 @@ class WorkerClient:
             except (anyio.EndOfStream, OSError) as error:
                 self.kill()
                 raise WorkerDied(f"{self.name} ended") from error
-            numbers = (namespace, list(new_namespaces), list(new_mounts))
+            numbers = (namespace, acting, list(new_namespaces), list(new_mounts))
             passed = [*new_namespaces.values(), *new_mounts.values(), *fds]
             # What may have arrived needs not be sent again, and what has not, dies with it.
             self._namespaces.update(new_namespaces)
@@ -211,7 +215,7 @@ class WorkerClient:
             await self._answered.wait()
         while len(mounts) > MAX_FDS - 20:
             some = [mounts.popitem() for _ in range(MAX_FDS - 20)]
-            message: tuple[object, ...] = (-1, [], [handle for handle, _ in some], "ping")
+            message: tuple[object, ...] = (-1, None, [], [handle for handle, _ in some], "ping")
             with anyio.fail_after(SEND_S, shield=True):
                 await self._channel.send(message, [fd for _, fd in some])
                 await self._answer()

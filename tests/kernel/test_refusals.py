@@ -385,12 +385,6 @@ def opened_for_writing() -> ImageSet:
     return made
 
 
-def own_user_namespace() -> ImageSet:
-    made = one_task(own_user_namespace=True)
-    made.open(1, 3, "/data/sub/gone", ghost=made.ghost(b"content"))
-    return made
-
-
 GHOSTS: list[tuple[Callable[[], ImageSet], tuple[str, ...]]] = [
     (ghost_device, ("/data/sub/gone", "1:3", "--allow-devices")),
     (lambda: one_ghost(mode=0o104755), ("/data/sub/gone", "4755", "--allow-setuid")),
@@ -400,9 +394,8 @@ GHOSTS: list[tuple[Callable[[], ImageSet], tuple[str, ...]]] = [
     (working_directory, ("/data/sub/cwd", "task 1", "cwd")),
     (executable, ("/data/sub/program", "task 1", "exe")),
     (opened_for_writing, ("/data/sub/gone", "writing", "/data is read-only")),
-    (own_user_namespace, ("user namespace",)),
 ]
-GHOST_IDS = ["device", "setuid", "setgid", "link", "mapping", "cwd", "exe", "writing", "userns"]
+GHOST_IDS = ["device", "setuid", "setgid", "link", "mapping", "cwd", "exe", "writing"]
 
 
 @pytest.mark.parametrize(("make", "words"), GHOSTS, ids=GHOST_IDS)

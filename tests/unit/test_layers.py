@@ -42,8 +42,9 @@ LAYERS = [
     "_pool _serve",
     "_barrier _lease _memory _plan",
     "_admission _holders _inspection _lease_table _linkremaps _room _slots",
+    "_ownership",
     "_listener _needs _planned",
-    "_match _sandbox _workerclient",
+    "_match _owners _sandbox _workerclient",
     "_namespaces _process _reader _reading _rundir _targets",
     "_images _rebuild _startreader _userns",
     "_imagerows _remaps",
@@ -55,7 +56,7 @@ LAYERS = [
     "_columns _paths",
     "_events",
     "_forkserver",
-    "_build _command _guardian",
+    "_build _command _guardian _usermaps",
     "_worker",
     "_buildfiles _creating _descriptors _filling _finding _mountwork _opening _removing",
     "_directories _journal",
@@ -65,7 +66,7 @@ LAYERS = [
     "_errors _linux",
 ]
 CHILD_SIDE = """
-    _forkserver _guardian _build _command _descriptors _worker
+    _forkserver _guardian _usermaps _build _command _descriptors _worker
     _buildfiles _creating _filling _finding _mountwork _opening _removing
     _directories _failed _journal _protocol _confine _buildspec _identity _mountinfo
     _capabilities _seal
