@@ -52,6 +52,11 @@ cli.add_command(inspect)
 @cli.command(context_settings={"ignore_unknown_options": False})
 @target_options
 @click.option("--keep", is_flag=True, help="Leave the files linked at their old names.")
+@click.option(
+    "--consume-link-remaps",
+    is_flag=True,
+    help="Take the hidden names of link remaps away after a success.",
+)
 @click.option("--discard", is_flag=True, help="Close everything after the verification.")
 @click.option(
     "--serve", metavar="PATH", help="Socket to serve the tasks on.  [default: in the run dir]"

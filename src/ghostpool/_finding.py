@@ -25,10 +25,12 @@ class FindWork(Work):
         try:
             self._step = "openat2"
             directory = self._directories.open(mount, path)
+            self._step = "fstat"
+            above = os.fstat(directory)
             self._step = "fstatat"
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         except OSError as error:
-            return Found(error.errno or errno.EIO, 0, 0, 0, 0, 0, 0, 0)
+            return Found(error.errno or errno.EIO, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         return Found(
             0,
             status.st_dev,
@@ -38,4 +40,6 @@ class FindWork(Work):
             status.st_gid,
             status.st_size,
             status.st_nlink,
+            above.st_dev,
+            above.st_ino,
         )

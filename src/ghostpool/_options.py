@@ -165,6 +165,7 @@ def make_request(options: dict[str, Any], reading: Any, keep: bool = False) -> A
         max_size=options["max_size"],
         strategy=options["strategy"],
         memory_limit=options.get("memory_limit"),
+        consume_link_remaps=options.get("consume_link_remaps", False),
     )
     if options.get("stall_timeout"):
         given["stall_s"] = options["stall_timeout"]

@@ -56,6 +56,8 @@ class Policy(NamedTuple):
     allow_setuid: bool = False
     keep: bool = False
     """Leave the files linked at their old names."""
+    consume_link_remaps: bool = False
+    """Take the hidden names of link remaps away when all is restored."""
     own_owner: bool = False
     """Give every ghost to the restoring user: for user namespaces that map one id."""
     strategy: Strategy = "remount"

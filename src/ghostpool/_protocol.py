@@ -83,6 +83,9 @@ class Found(NamedTuple):
     size: int
     links: int
     """How many names it has."""
+    directory_device: int
+    directory_inode: int
+    """Identity of the directory that it was found in."""
 
 
 class Room(NamedTuple):

@@ -37,6 +37,8 @@ class Report:
     """Seconds from the reading of the images to the end."""
     commands: list[tuple[int, int]] = field(default_factory=list)
     """Task and status of each command that ran, 128 + n for one that signal n ended."""
+    consumed: int = 0
+    """Hidden names of link remaps that were taken away, as was asked for."""
     left: list[str] = field(default_factory=list)
     """What was left alone in cleaning up, and why."""
     error: BaseException | None = None
@@ -76,6 +78,7 @@ class Report:
             ],
             "warnings": list(plan.warnings) if plan else [],
             "refusals": [str(refusal) for refusal in plan.refusals] if plan else [],
+            "consumed_link_remaps": self.consumed,
             "left": self.left,
             "errors": [error_document(leaf) for leaf in leaves(self.error)],
         }

@@ -35,6 +35,9 @@ class Options(TypedDict, total=False):
     """Restore character and block devices."""
     allow_setuid: bool
     """Restore setuid and setgid files."""
+    consume_link_remaps: bool
+    """Take the hidden names of link remaps away when everything is restored. An image whose files
+    have no other name can not be restored again then."""
     max_size: int
     """Largest apparent size of a ghost, in bytes; 1 TiB if it is not given."""
     strategy: Strategy
@@ -77,6 +80,7 @@ def request_of(images: str | os.PathLike[str], options: Options, *, keep: bool =
             allow_setuid=options.get("allow_setuid", False),
             keep=keep,
             strategy=options.get("strategy", "remount"),
+            consume_link_remaps=options.get("consume_link_remaps", False),
             mapped=maps_owner(),
         ),
         max_size=options.get("max_size", Limits().size),

@@ -18,6 +18,7 @@ import anyio
 
 from ghostpool._apart import apart
 from ghostpool._barrier import TaskBarrier
+from ghostpool._consuming import consume
 from ghostpool._createghosts import Creator, content_of
 from ghostpool._errors import BarrierBroken, RevertError, first_cause, reportable, without_echoes
 from ghostpool._fifos import FifoFiller
@@ -56,6 +57,7 @@ class Restoration:
         guard: Guard,
         *,
         keep: bool = False,
+        consume_links: bool = False,
         files: Files = "held",
         own_owner: bool = False,
         events: Events = NOBODY,
@@ -68,6 +70,7 @@ class Restoration:
         self.restored: Restored = Restored(plan)
         self.barrier: TaskBarrier = TaskBarrier(self.tasks)
         self._keep = keep
+        self._consumes = partial(consume, plan, pool, guard) if consume_links else None
         self._events = events
         self._kernel = PoolMounts(pool, plan.mounts, guard, events)
         self._kernel.identities.update(identities)
@@ -245,6 +248,10 @@ class Restoration:
         with anyio.move_on_after(UNDO_S, shield=True):
             await self._ledger.settle(kept=self._keep)
         self.restored.complete = True
+        if self._consumes is not None:
+            # It can not fail any more, but if somebody is killed: then others finish this.
+            self.restored.consumed, left = await unbroken(self._consumes)
+            self.restored.left += left
         await self._service.aclose()
         self._note_usage()
 

@@ -36,6 +36,8 @@ class Restored:
         """Attributes of each leased mount while it was writable, as the kernel gave them."""
         self.left: list[str] = []
         """What could not be removed because somebody else uses it now, for people."""
+        self.consumed = 0
+        """Hidden names of link remaps that were taken away."""
         self.closed: bool = False
         self.complete: bool = False
         """Everything is open, put back and verified."""

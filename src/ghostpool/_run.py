@@ -140,6 +140,7 @@ class Prepared:
                 self.identities,
                 guard,
                 keep=self.request.policy.keep,
+                consume_links=self.request.policy.consume_link_remaps,
                 files=self.request.files,
                 own_owner=self.request.policy.own_owner,
                 events=self.events,
@@ -150,6 +151,7 @@ class Prepared:
             finally:
                 self.report.usage = restoration.restored.usage
                 self.report.left += restoration.restored.left
+                self.report.consumed = restoration.restored.consumed
 
     @asynccontextmanager
     async def restored(self) -> AsyncIterator[Restored]:

@@ -26,9 +26,10 @@ from ghostpool._planned import Policy, Strategy
 from ghostpool._report import Report
 from ghostpool._restored import Restored
 from ghostpool.testing._targets import built
+from tests.support.crash import Whom, coordinate, journals, own_paths, wait_for
 from tests.support.imagewriter import O_RDWR, ImageSet
 from tests.support.namespaces import inside
-from tests.support.restore import look
+from tests.support.restore import ghostpool, look
 
 pytestmark = pytest.mark.needs_mount_ns
 
@@ -249,6 +250,111 @@ def test_a_kept_file_has_both_names(tmp_path: Path) -> None:
     with namespace(mount(file(hidden))) as fd:
         restore(images, fd, tmp_path, keep=True)
         assert inode_of(fd, "/data/gone") == inode_of(fd, hidden)
+
+
+# -- Taking the hidden names away -----------------------------------------------------------------
+
+
+def hidden_in(fd: int) -> list[str]:
+    found: list[str] = inside(fd, lambda: [n for n in os.listdir("/data") if "link_remap" in n])
+    return found
+
+
+@pytest.mark.parametrize("flags", [0, RO])
+def test_hidden_names_go_after_a_success_if_asked_for(tmp_path: Path, flags: int) -> None:
+    """Whatever other names the files have stay; the mount is as it was."""
+    images = one_task(flags=0x200001)
+    _, first = linked(images, 3, "/data/gone")
+    _, second = linked(images, 4, "/data/other")
+    nodes = file(first), file(second), file("/data/own", hard_link_of=second.encode())
+    with namespace(mount(*nodes, flags=flags)) as fd:
+        report = Report()
+        seen = {}
+
+        def see(number: int) -> None:
+            seen[link_of(number)] = os.fstat(number).st_nlink
+
+        restore(images, fd, tmp_path, see, report=report, changed=True, consume_link_remaps=True)
+        assert hidden_in(fd) == []
+        assert seen == {"/data/gone (deleted)": 0, "/data/other (deleted)": 1}
+        assert inside(fd, lambda: Path("/data/own").read_bytes()) == CONTENT
+        assert report.document()["consumed_link_remaps"] == 2
+        assert report.document()["left"] == []
+        with pytest.raises(PlanError, match="is not there"):
+            restore(images, fd, tmp_path, consume_link_remaps=True)
+
+
+def test_hidden_names_stay_after_a_failure(tmp_path: Path) -> None:
+    """Whatever comes after the files were opened: here the last word of who takes them."""
+    images = one_task()
+    linked_file = linked(images, 3, "/data/gone")[1]
+    with namespace(mount(file(linked_file), flags=0)) as fd, pytest.MonkeyPatch.context() as patch:
+
+        def check(session: _run.Session) -> None:
+            raise RestoreError("no")
+
+        patch.setattr(_run.Session, "_check_consumers", check)
+        with pytest.raises(RestoreError, match="no"):
+            restore(images, fd, tmp_path, consume_link_remaps=True)
+        assert hidden_in(fd) == [os.path.basename(linked_file)]
+
+
+def test_a_hidden_name_that_is_another_file_by_then_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = one_task()
+    _, hidden = linked(images, 3, "/data/gone")
+    report = Report()
+    with namespace(mount(file(hidden), file("/data/new"), flags=0)) as fd:
+
+        def check(session: _run.Session) -> None:
+            inside(fd, lambda: os.rename("/data/new", hidden))
+
+        monkeypatch.setattr(_run.Session, "_check_consumers", check)
+        restore(images, fd, tmp_path, report=report, changed=True, consume_link_remaps=True)
+        assert hidden_in(fd) == [os.path.basename(hidden)]
+    (told,) = report.document()["left"]
+    assert hidden in told
+    assert "another file has the name now" in told
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("whom", ["coordinator", "all but the guardian", "everything"])
+def test_killed_while_hidden_names_are_taken_away(tmp_path: Path, whom: Whom) -> None:
+    """Before it is written down all stay; from then on all go, by the guardian or by recover."""
+    images = one_task(flags=0x200001)
+    _, first = linked(images, 3, "/data/gone")
+    _, second = linked(images, 4, "/data/other")
+    directory = images.write(tmp_path)
+    with namespace(mount(file(first), file(second))) as fd:
+        where = own_paths({10: fd})
+        # The first debts are for the mount and for the old names, the third for the hidden ones.
+        coordinate(directory, where, 2, kind="owe", when="before", whom=whom, consume=True)
+        assert wait_for(lambda: whom == "everything" or not journals())
+        if whom == "everything":
+            assert ghostpool("recover").returncode == 0
+        assert sorted(hidden_in(fd)) == sorted(map(os.path.basename, (first, second)))
+        coordinate(directory, where, 2, kind="owe", when="after", whom=whom, consume=True)
+        assert wait_for(lambda: whom == "everything" or not hidden_in(fd))
+        if whom == "everything":
+            assert len(hidden_in(fd)) == 2
+            done = ghostpool("recover")
+            assert (done.returncode, done.stdout.count(": removed")) == (0, 2), done.stdout
+        assert hidden_in(fd) == []
+        assert wait_for(lambda: not journals())
+
+
+@pytest.mark.long
+def test_the_option_of_the_command(tmp_path: Path) -> None:
+    images = one_task()
+    _, hidden = linked(images, 3, "/data/gone")
+    with namespace(mount(file(hidden), flags=0)) as fd:
+        target = f"10=/proc/{os.getpid()}/fd/{fd}"
+        command = "restore", "-D", images.write(tmp_path), "--ns", target, "--discard"
+        assert ghostpool(*command).returncode == 0
+        assert len(hidden_in(fd)) == 1
+        assert ghostpool(*command, "--consume-link-remaps").returncode == 0
+        assert hidden_in(fd) == []
 
 
 # -- What is refused ----------------------------------------------------------------------------

@@ -74,7 +74,8 @@ async def counted(self, request, *args, **keywords):
 WorkerClient.call = counted
 namespaces = {int(number): path for number, _, path in (one.partition("=") for one in where)}
 request = _run.Request(
-    images, 2, namespaces=namespaces, policy=Policy(keep=keep == "keep"),
+    images, 2, namespaces=namespaces,
+    policy=Policy(keep=keep == "keep", consume_link_remaps=keep == "consume"),
     mount_setattr=mount_setattr == "yes",
 )
 
@@ -96,6 +97,7 @@ def coordinate(
     whom: Whom = "everything",
     mount_setattr: bool = True,
     keep: bool = False,
+    consume: bool = False,
     meanwhile: str = "",
     stderr: int = subprocess.PIPE,
 ) -> subprocess.CompletedProcess[str]:
@@ -105,7 +107,8 @@ def coordinate(
     is run just before.
     """
     where = [f"{ns}={path}" for ns, path in namespaces.items()]
-    options = ["yes" if mount_setattr else "no", "keep" if keep else "", meanwhile]
+    options = ["yes" if mount_setattr else "no", "", meanwhile]
+    options[1] = "keep" if keep else "consume" if consume else ""
     arguments = [str(images), kind, str(number), when, whom, *options, *where]
     return subprocess.run(
         [sys.executable, "-c", _COORDINATOR, *arguments],

@@ -35,7 +35,7 @@ LAYERS = [
     "_leftovers",
     "_recover _report _restore _signals",
     "_undoing",
-    "_createghosts _openfiles _survey",
+    "_consuming _createghosts _openfiles _survey",
     "_fifos",
     "_batches _ledger _mountkernel _restored",
     "_guard _mend",
