@@ -195,7 +195,8 @@ class Planner:
     def _collect_one(self, remap: Remap, file: RegFile, held: Mapping[RegId, bool]) -> None:
         if remap.kind == "procfs":
             self._plan.warnings.append(
-                f"{text(file.name)}: a file of a dead process in /proc is left alone"
+                f"{text(file.name)} (file id {file.id}): a file of process {remap.target}, which "
+                "was dead when it was dumped, is left alone"
             )
             return
         ghost: Ghost | Linked

@@ -8,7 +8,7 @@ from typing import Any
 
 from ghostpool._errors import GhostpoolError, leaves
 from ghostpool._lease import MountUsage
-from ghostpool._model import Ghost, Linked, MountHandle
+from ghostpool._model import Ghost, Linked, MountHandle, RegId
 from ghostpool._paths import text
 from ghostpool._planned import Opening, Plan, PlannedMount, Strategy
 from ghostpool._protocol import Found
@@ -77,6 +77,7 @@ class Report:
                 {"task": task, "status": status} for task, status in sorted(self.commands)
             ],
             "warnings": list(plan.warnings) if plan else [],
+            "of_dead_processes": of_dead_processes(plan) if plan else [],
             "refusals": [str(refusal) for refusal in plan.refusals] if plan else [],
             "consumed_link_remaps": self.consumed,
             "left": self.left,
@@ -119,6 +120,26 @@ def facts_of(plan: Plan, opening: Opening) -> Ghost | Found:
     """Mode, owner and size of what is opened: of the image, or of the file that is there."""
     ghost = opening.ghost
     return plan.links[ghost.id].found if isinstance(ghost, Linked) else ghost
+
+
+def of_dead_processes(plan: Plan) -> list[dict[str, Any]]:
+    """Files of /proc that only who restores their processes can open again."""
+    images = plan.images
+    found: dict[RegId, dict[str, Any]] = {
+        remap.origin: {
+            "pid": remap.target,
+            "path": text(images.files[remap.origin].name),
+            "file": remap.origin,
+            "descriptors": [],
+        }
+        for remap in images.remaps
+        if remap.kind == "procfs"
+    }
+    for task in images.tasks if found else ():
+        for row in task.descriptors:
+            if row.reg_id in found:
+                found[row.reg_id]["descriptors"].append({"task": task.pid, "fd": row.number})
+    return list(found.values())
 
 
 def recommended(plan: Plan) -> Strategy:
@@ -185,6 +206,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             for privileged in plan.privileged
         ],
         "warnings": plan.warnings,
+        "of_dead_processes": of_dead_processes(plan),
         "refusals": [
             {"subject": refusal.subject, **error_document(refusal.error)}
             for refusal in plan.refusals

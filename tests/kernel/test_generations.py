@@ -6,6 +6,7 @@ in test_restore_corpus.py.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from tests.kernel.test_restore_corpus import (
     truth_of,
 )
 from tests.support.corpus import CORPUS, corpus
+from tests.support.imagewriter import PROCFS, small
+from tests.support.live import live, read_only, run
 from tests.support.memory import load
 from tests.support.namespaces import mountinfo
 from tests.support.older import Version, big_endian, older
@@ -102,3 +105,45 @@ def test_into_rebuilt_namespaces(when: str, tmp_path: Path) -> None:
                 check_descriptors(truth, probes, places, set(), unknown(when))
     finally:
         _linux.close_all(fds)
+
+
+def test_file_of_a_dead_process(tmp_path: Path) -> None:
+    """It is named, with the process, wherever a plan or a report is; the rest is restored."""
+    made = small()
+    made.open(1, 5, "/proc/77/status", mode=0o100444)
+    made.remap(made.open(1, 6, "/proc/78/task/78/stat"), 78, PROCFS)
+    other = made.open(1, 7, "/proc/77/cmdline")
+    made.remap(other, 77, PROCFS)
+    made.fd(1, 8, other)
+    images = made.write(tmp_path / "images")
+    listed = [
+        {"pid": pid, "path": path, "descriptors": [{"task": 1, "fd": fd} for fd in numbers]}
+        for pid, path, numbers in (
+            (78, "/proc/78/task/78/stat", [6]),
+            (77, "/proc/77/cmdline", [7, 8]),
+        )
+    ]
+    with live([read_only(2, b"/data")]) as (target,):
+        before = target.snapshot()
+        plan = run("plan", "-D", images, "-t", target.pid, "--json")
+        options = ("-D", images, "-t", target.pid, "--report", tmp_path / "report")
+        with (
+            serving(*options, "--serve", tmp_path / "socket") as served,
+            fetched(served.socket, [1]) as probes,
+        ):
+            assert set(probes[1].descriptors) == {0, 1, 2, 3}
+            finish(served, tmp_path / "report")
+        done = run("restore", "--discard", *options)
+        assert done.status == 0
+        after = target.snapshot()
+    assert after.without_directory_times() == before.without_directory_times()
+    for pid, path in (78, "/proc/78/task/78/stat"), (77, "/proc/77/cmdline"):
+        (line,) = (line for line in done.err.splitlines() if path in line)
+        assert f"process {pid}" in line
+    for text in (plan.out, (tmp_path / "report").read_text()):
+        document = json.loads(text)
+        files = [file.pop("file") for file in document["of_dead_processes"]]
+        assert len(set(files)) == 2
+        assert document["of_dead_processes"] == listed
+        assert len(document["warnings"]) == 2
+        assert document["refusals"] == []
