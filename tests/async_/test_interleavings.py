@@ -408,6 +408,7 @@ async def explore_restore(
     return await explore(scenario, faults=faults, merge=merge)
 
 
+@pytest.mark.long
 @pytest.mark.trio
 async def test_every_interleaving_of_three_tasks_and_two_mounts() -> None:
     """All 9!/(3!3!3!) orders of acquire, open and arrive, times all orders of release."""

@@ -183,7 +183,9 @@ def finish(restore: subprocess.Popen[str]) -> Run:
     return Run(restore.returncode, out, err, 0.0)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=[pytest.mark.long] * (how != "SIGINT")) for how in HOW]
+)
 def test_signal_at_any_moment(scene: Scene, work_s: float, how: str) -> None:
     """Exit status 130, or 0 where the run was done before the signal came."""
     # While the command still imports what it needs; then from its first worker to its end.
@@ -230,6 +232,7 @@ def test_signal_at_a_chosen_moment(scene: Scene, moment: str) -> None:
         assert (done.status, done.err) == (130, EVERYTHING_UNDONE)
 
 
+@pytest.mark.long
 def test_timeout_at_any_moment(scene: Scene, work_s: float) -> None:
     """Exit status 1, and the line says what was waited for."""
     ended: Counter[int] = Counter()
@@ -246,6 +249,7 @@ def test_timeout_at_any_moment(scene: Scene, work_s: float) -> None:
     assert ended[1] >= 5, ended
 
 
+@pytest.mark.long
 def test_worker_killed_at_any_moment(scene: Scene, work_s: float) -> None:
     """Exit status 1 and everything undone by other workers; 0 if it was not needed any more."""
     ended: Counter[int] = Counter()
@@ -390,6 +394,7 @@ def intruder(target: Live, path: bytes) -> Iterator[int]:
         yield pid
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", FLAGS)
 def test_mount_that_stays_busy(tmp_path: Path, flags: str) -> None:
     """Somebody opened a file for writing meanwhile: exit status 3, with the command that mends.

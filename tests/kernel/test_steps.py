@@ -124,6 +124,7 @@ async def test_restore_leaves_everything_as_it_was(
     assert expected | {"make_writable", "make_read_only"} <= set(calls)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_cancelled_at_each_step(
     target: Target, monkeypatch: pytest.MonkeyPatch, when: str
@@ -147,6 +148,7 @@ async def test_cancelled_at_each_step(
     assert step >= 15, calls
 
 
+@pytest.mark.long
 async def test_worker_killed_at_each_step(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that dies at any step fails the restore, and another one undoes its work."""
     step = 0
@@ -189,6 +191,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("request_name", list(ERRORS))
 async def test_error_at_each_step(
     target: Target, monkeypatch: pytest.MonkeyPatch, request_name: str

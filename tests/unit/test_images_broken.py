@@ -128,6 +128,7 @@ def offsets(name: str, data: bytes) -> list[int]:
 GUARDED = re.compile(r"(inventory|pstree|files|(core|ids|mm|fs|mountpoints)-\d+)\.img")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "case", ["01-ro-basic", "02-types", "03-sparse", "04-shared", "05-link-remap", "08-mmap"]
 )
