@@ -97,6 +97,7 @@ NEEDED: dict[str, int] = {
     "fill": _NAMES,
     "open": _NAMES,
     "open_discarded": _NAMES,
+    "sweep": _NAMES,
     "remove": _NAMES,
 }
 """What each request of a worker needs; one that is not here needs nothing."""

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
+from ghostpool._cleancommand import clean
 from ghostpool._errors import GhostpoolError, PlanError
 from ghostpool._imagecommands import extract, inspect
 from ghostpool._options import (
@@ -45,6 +46,7 @@ def cli() -> None:
     """Bring back the ghost files of CRIU checkpoints."""
 
 
+cli.add_command(clean)
 cli.add_command(extract)
 cli.add_command(inspect)
 

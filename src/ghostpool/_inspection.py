@@ -62,7 +62,7 @@ def inspection(images: Images) -> dict[str, Any]:
     def name_of(remap: Remap) -> dict[str, Any]:
         file = images.files[remap.origin]
         return {
-            **_spelled("path", file.name),
+            **spelled("path", file.name),
             "file": file.id,
             "position": file.position,
             **_flags(file.flags),
@@ -81,7 +81,7 @@ def inspection(images: Images) -> dict[str, Any]:
             for ghost in sorted(images.ghosts)
         ],
         "link_remaps": [
-            {**name_of(remap), **_spelled("hidden", images.files[RegId(remap.target)].name)}
+            {**name_of(remap), **spelled("hidden", images.files[RegId(remap.target)].name)}
             for remap in by_kind["linked"]
         ],
         "procfs": [{**name_of(remap), "pid": remap.target} for remap in by_kind["procfs"]],
@@ -161,13 +161,13 @@ def _ghost(ghost: Ghost, names: list[dict[str, Any]]) -> dict[str, Any]:
         "names": names,
     }
     if ghost.target is not None:
-        document.update(_spelled("target", ghost.target))
+        document.update(spelled("target", ghost.target))
     if ghost.rdev is not None:
         document["device"] = [os.major(ghost.rdev), os.minor(ghost.rdev)]
     return document
 
 
-def _spelled(key: str, path: bytes) -> dict[str, str]:
+def spelled(key: str, path: bytes) -> dict[str, str]:
     """A path as text; and as it is, where a terminal could not show that."""
     shown = text(path)
     if shown.encode() == path:
@@ -203,4 +203,4 @@ def _socket_names(images: Images) -> list[str]:
     return [text(name) for name in images.deleted_sockets]
 
 
-__all__ = ["MOST_HOLDERS", "SCHEMA", "inspection", "kind_of"]
+__all__ = ["MOST_HOLDERS", "SCHEMA", "inspection", "kind_of", "spelled"]

@@ -235,6 +235,26 @@ NOTHING, REMOVED, OTHER = range(3)
 """Values of Removed.found."""
 
 
+class Remnant(NamedTuple):
+    """A file that has the name of a leftover."""
+
+    directory: bytes
+    """Relative to the mount's root."""
+    name: bytes
+    kind: str
+    """ghostpool, criu_ghost, cr_link or link_remap."""
+    device: int
+    inode: int
+    above: int
+    """Inode of the directory."""
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    mtime: int
+    """Seconds since 1970."""
+
+
 class Report(NamedTuple):
     """A worker's last words."""
 

@@ -27,6 +27,7 @@ from ghostpool._mountwork import MountWork
 from ghostpool._opening import OpenWork
 from ghostpool._protocol import MAX_FDS, BlockingChannel, EndOfStream, Failure, Report
 from ghostpool._removing import RemoveWork
+from ghostpool._sweeping import SweepWork
 
 
 class Worker(Work):
@@ -69,6 +70,7 @@ class Worker(Work):
             "fill": lambda out, operations: filling.do_fill(out, operations, *self.given),
             "open": opening.do_open,
             "open_discarded": opening.do_open_discarded,
+            "sweep": SweepWork(self._mounts).do_sweep,
             "remove": RemoveWork(directories).do_remove,
             "finish": _last_words,
         }

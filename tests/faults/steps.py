@@ -39,6 +39,7 @@ NOT_SCANNED = {
     "_confine": "the reader's own: a layer that can not be had is told, and the others hold",
     "_descriptors": "one step of its caller: dup2",
     "_failed": "no system call",
+    "_sweeping": "looks, for clean alone; what it can not look at is told, and nothing was changed",
     "_identity": "reads of /proc that a guardian does without",
     "_mountinfo": "no system call",
     "_seal": "no system call",

@@ -25,13 +25,13 @@ LAYERS = [
     "testing._act",
     "testing._area",
     "_cli",
-    "_demo _fetch _imagecommands",
+    "_cleancommand _demo _fetch _imagecommands",
     "_options _outcome _showimages",
     "_blocking",
     "_deliver _makeplan _openrestore _show",
     "_openpool",
     "_request",
-    "_extract _openimages _openleases _opensandbox _run",
+    "_clean _extract _openimages _openleases _opensandbox _run",
     "_leftovers",
     "_recover _report _restore _signals",
     "_undoing",
@@ -43,7 +43,7 @@ LAYERS = [
     "_barrier _lease _memory _plan",
     "_admission _holders _inspection _lease_table _linkremaps _room _slots",
     "_ownership",
-    "_listener _needs _planned",
+    "_claims _listener _needs _planned",
     "_match _owners _sandbox _workerclient",
     "_namespaces _process _reader _reading _rundir _targets",
     "_images _rebuild _startreader _userns",
@@ -58,7 +58,7 @@ LAYERS = [
     "_forkserver",
     "_build _command _guardian _usermaps",
     "_worker",
-    "_buildfiles _creating _descriptors _filling _finding _mountwork _opening _removing",
+    "_buildfiles _creating _descriptors _filling _finding _mountwork _opening _removing _sweeping",
     "_directories _journal",
     "_failed",
     "_confine _protocol",
@@ -67,7 +67,7 @@ LAYERS = [
 ]
 CHILD_SIDE = """
     _forkserver _guardian _usermaps _build _command _descriptors _worker
-    _buildfiles _creating _filling _finding _mountwork _opening _removing
+    _buildfiles _creating _filling _finding _mountwork _opening _removing _sweeping
     _directories _failed _journal _protocol _confine _buildspec _identity _mountinfo
     _capabilities _seal
 """
