@@ -115,6 +115,11 @@ _MACHINES = {
 _HARMLESS_OPEN = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC | 0o400000 | 0o100000
 
 
+def unpacking_s(size: int) -> int:
+    """Processor time for an archive of so many bytes, which may be mostly memory of tasks."""
+    return CPU_S + (size >> 22)
+
+
 class Confined(NamedTuple):
     """Which layers there are; the limits and the lack of capabilities always are."""
 
@@ -124,20 +129,21 @@ class Confined(NamedTuple):
     """System calls are filtered."""
 
 
-def confine(directory: int) -> Confined:
+def confine(directory: int | None, cpu_s: int = CPU_S) -> Confined:
     """Give up everything but reading in `directory` and the descriptors that are open.
 
-    Without the right to change the root directory nothing can be opened any more. OSError: one of
-    the layers that every kernel has could not be put in place.
+    Without a directory, and without the right to change the root directory, nothing can be opened
+    any more. `cpu_s`: seconds of processor time. OSError: one of the layers that every kernel has
+    could not be put in place.
     """
     seal_imports()
-    root = _enter(directory)
+    root = _enter(directory) if directory is not None else _enter_nothing()
     _drop_capabilities()
-    _limit()
+    _limit(cpu_s)
     _linux.prctl(_linux.PR_SET_DUMPABLE, 0)
     _linux.prctl(_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
     _linux.prctl(_linux.PR_SET_NO_NEW_PRIVS, 1)
-    return Confined(root, _filter(root))
+    return Confined(root, _filter(root and directory is not None))
 
 
 def _enter(directory: int) -> bool:
@@ -148,6 +154,18 @@ def _enter(directory: int) -> bool:
     except PermissionError:
         return False
     return True
+
+
+def _enter_nothing() -> bool:
+    """The same where there is no directory to read: one that is empty as soon as we are gone."""
+    try:
+        directory = os.open("/proc/self/fdinfo", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return _enter(directory)
+    finally:
+        os.close(directory)
 
 
 def _drop_capabilities() -> None:
@@ -162,10 +180,10 @@ def _drop_capabilities() -> None:
     _linux.capset(0, 0, 0)
 
 
-def _limit() -> None:
+def _limit(cpu_s: int) -> None:
     for what, most in (
         (resource.RLIMIT_AS, MEMORY),
-        (resource.RLIMIT_CPU, CPU_S),
+        (resource.RLIMIT_CPU, cpu_s),
         (resource.RLIMIT_NOFILE, FILES),
         (resource.RLIMIT_NPROC, 0),
         (resource.RLIMIT_FSIZE, 0),
@@ -245,4 +263,4 @@ def _if_one_of(argument: int, *values: int) -> list[tuple[int, int, int, int]]:
     return [*check, (_RETURN, 0, 0, _REFUSE)]
 
 
-__all__ = ["CPU_S", "FILES", "MEMORY", "Confined", "confine", "filter_program"]
+__all__ = ["CPU_S", "FILES", "MEMORY", "Confined", "confine", "filter_program", "unpacking_s"]

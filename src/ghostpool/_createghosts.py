@@ -45,6 +45,7 @@ class Creator:
         self._slots = slots
         self._events = events
         self._owners = plan.owners
+        self._archive = plan.images.unpacking is not None
         self._owner = (os.geteuid(), os.getegid()) if own_owner else None
 
     async def create(self) -> None:
@@ -118,7 +119,7 @@ class Creator:
             planned.times_ns,
             ghost.rdev or 0,
             ghost.target or b"",
-            ghost.file.encode(),
+            b"" if self._archive else ghost.file.encode(),
             ghost.size,
             tuple([(offset, length, position) for offset, length, position in ghost.extents]),
         )

@@ -30,7 +30,7 @@ class CreateWork(Work):
     def do_create(
         self, out: list[int], operations: list[tuple[Any, ...]], images: int
     ) -> list[Any]:
-        """Make ghosts under temporary names; `images` is the directory that contents are in."""
+        """Make ghosts under temporary names; contents are in `images`, a directory or a file."""
         self._images = images
         done: list[Any] = []
         for index, fields in enumerate(operations):
@@ -149,14 +149,17 @@ class CreateWork(Work):
         end = 0
         if operation.extents:
             self._step = "open of the image"
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            image = os.open(operation.image, flags, dir_fd=self._images)
+            image = self._images
+            if operation.image:
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                image = os.open(operation.image, flags, dir_fd=self._images)
             try:
                 for offset, length, position in operation.extents:
                     self._copy(image, position, fd, offset, length)
                     end = offset + length
             finally:
-                os.close(image)
+                if operation.image:
+                    os.close(image)
         if end != operation.size:
             # The file ends in a hole (or is one): no content reaches its last byte.
             self._step = "ftruncate"

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 import anyio.lowlevel
 
-from ghostpool._errors import ImageError, KernelError, PlanError
+from ghostpool._errors import ImageError, KernelError, PlanError, UnsupportedError
 from ghostpool._imagesource import OPEN_FLAGS
 from ghostpool._inspection import SCHEMA, inspection
 from ghostpool._linux import write_all
@@ -68,6 +68,11 @@ async def extract(path: str, output: str, only: Sequence[str], *, max_size: int)
     reading = start_reading(path, max_size)
     try:
         images = await read_apart(reading)
+        if images.unpacking:
+            raise UnsupportedError(
+                f"{images.directory}: the archive is compressed, which can not be extracted yet: "
+                "unpack it (zstd -d, gunzip)"
+            )
         chosen = choose(images, only)
         manifest = inspection(images)
         with _output(output) as target:
@@ -79,7 +84,7 @@ async def extract(path: str, output: str, only: Sequence[str], *, max_size: int)
                 entry["extracted"] = None
                 if stat.S_ISREG(ghost.mode):
                     name = _name(images, ghost, entry["names"][0]["file"])
-                    await _extract_one(ghost, reading.directory, target, name)
+                    await _extract_one(images, ghost, reading.directory, target, name)
                     entry["extracted"] = name
                     content += entry["content"]
             _write_manifest(
@@ -193,12 +198,17 @@ def _output(path: str) -> Iterator[_Output]:
         os.close(fd)
 
 
-async def _extract_one(ghost: Ghost, directory: int, target: _Output, name: str) -> None:
+async def _extract_one(
+    images: Images, ghost: Ghost, directory: int, target: _Output, name: str
+) -> None:
     with target.file(name) as fd:
         # What no extent covers stays a hole.
         os.ftruncate(fd, ghost.size)
         if ghost.extents:
-            image = _open_image(directory, ghost.file)
+            if images.unpacking is None:
+                image = _open_image(directory, ghost.file)
+            else:
+                image = os.dup(directory)  # of the archive, which has the content at its position
             ways: list[_Way] = [_inside, _sent, _read_and_written]
             try:
                 for extent in ghost.extents:

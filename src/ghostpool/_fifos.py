@@ -78,7 +78,7 @@ class FifoFiller:
             planned.name,
             created.device,
             created.inode,
-            _IMAGE,
+            _IMAGE if self._plan.images.unpacking is None else b"",
             data.position,
             data.length,
             data.pipe_size or 0,

@@ -188,6 +188,7 @@ def read_fifo_data(source: ImageDirectory, files: FileTable) -> dict[RegId, Fifo
     """What each fifo held at the dump, by the first reg file it was opened through."""
     name = "fifo-data.img"
     pending: dict[RegId, FifoData] = {}
+    begin = source.place(name) if source.place is not None and name in source.names else 0
     entries = source.followed(name, "fifo-data", attrgetter("bytes"))
     for number, (entry, position) in enumerate(entries):
         pipe = entry.pipe_id
@@ -202,7 +203,7 @@ def read_fifo_data(source: ImageDirectory, files: FileTable) -> dict[RegId, Fifo
             raise ImageError(
                 name, number, f"{entry.bytes} bytes waited in a pipe whose size is {size}"
             )
-        pending[files.pipes[pipe]] = FifoData(position, entry.bytes, size)
+        pending[files.pipes[pipe]] = FifoData(begin + position, entry.bytes, size)
     return pending
 
 

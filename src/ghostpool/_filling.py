@@ -83,15 +83,18 @@ class FillWork(Work):
                 raise
 
     def _copy(self, operation: FillOp, images: int, fd: int) -> None:
-        self._step = "open of the image"
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        image = os.open(operation.image, flags, dir_fd=images)
+        image = images
+        if operation.image:
+            self._step = "open of the image"
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            image = os.open(operation.image, flags, dir_fd=images)
         try:
             # At most what a pipe may hold, which the plan has seen to.
             self._step = "read of the image"
             data = os.pread(image, operation.length, operation.position)
         finally:
-            os.close(image)
+            if operation.image:
+                os.close(image)
         if len(data) != operation.length:
             raise Mismatch("length of the image: it was cut since the plan")
         self._step = "write to the pipe"

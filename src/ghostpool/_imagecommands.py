@@ -24,8 +24,8 @@ def image_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "-D",
                 "--images-dir",
-                metavar="DIR",
-                help="Directory of the images, as an option.  [default: .]",
+                metavar="IMAGES",
+                help="The same as an option.  [default: .]",
             ),
             click.option(
                 "--max-size",
@@ -72,7 +72,7 @@ def outcome_of(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
 def inspect(**options: Any) -> None:
     """Show what images hold: tasks, ghost files and who holds them, link remaps.
 
-    IMAGES is the directory of the images. Needs no privilege besides reading them.
+    IMAGES is their directory, or a checkpoint archive. Needs no privilege besides reading them.
     """
     if options["tree"] and options["as_json"]:
         raise click.UsageError("--tree and --json exclude each other")

@@ -70,6 +70,8 @@ class ImageDirectory:
         self.path = path
         self.tally = Tally(limits)
         self._source = source
+        self.place: Callable[[str], int] | None = getattr(source, "place", None)
+        """Where an image begins in the archive; None: they are files of a directory."""
         try:
             names = list(islice(self._source.names(), limits.names + 1))
         except OSError as error:

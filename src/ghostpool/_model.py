@@ -72,7 +72,7 @@ class Extent(NamedTuple):
     length: int
     """Bytes."""
     position: int
-    """Bytes from the beginning of the image."""
+    """Bytes from the beginning of the image; in an archive, see `Images.unpacking`."""
 
 
 class Ghost(NamedTuple):
@@ -152,7 +152,7 @@ class FifoData(NamedTuple):
     """What waited in a fifo: `length` bytes at `position` of fifo-data.img."""
 
     position: int
-    """Bytes from the beginning of the image."""
+    """Bytes from the beginning of the image; in an archive, see `Images.unpacking`."""
     length: int
     """Bytes; there may be none."""
     pipe_size: int | None
@@ -220,6 +220,15 @@ class ImageMount(NamedTuple):
     deleted_root: bool = False
 
 
+class Step(NamedTuple):
+    """One step of unpacking: what lies at a position of what is there so far is unpacked."""
+
+    kind: str
+    """"gzip" or "zstd"."""
+    at: int
+    """Bytes from the beginning."""
+
+
 class Images(NamedTuple):
     """Everything ghostpool needs of one image directory, joined and checked."""
 
@@ -240,3 +249,6 @@ class Images(NamedTuple):
     """What waited in fifos, by the first reg file in the image that the fifo was opened through."""
     deleted_sockets: tuple[bytes, ...] = ()
     """Names of bound UNIX sockets whose path was gone."""
+    unpacking: tuple[Step, ...] | None = None
+    """None: the images are files of a directory. Else they are members of an archive, and the
+    position of an extent is one in what comes out of the archive after these steps."""

@@ -11,17 +11,19 @@ from ghostpool._startreader import start_reading
 
 
 async def read_images(path: str | os.PathLike[str], *, max_size: int = Limits().size) -> Images:
-    """What ghostpool needs of the images in the directory `path`, joined and checked.
+    """What ghostpool needs of the images in the directory or archive `path`, joined and checked.
 
     The images are untrusted input: a process of its own parses them, without capabilities, with the
     directory as its root and a filter on its system calls, and each value it gives is checked
     again here. Ghosts stay in their images: a `Ghost` says where its content lies.
+    An archive is read as it is, packed by zstd or gzip or not: `Images.unpacking`.
 
     `max_size` is the largest apparent size of a ghost, in bytes, holes included. Raises PlanError
-    if there is no such directory; ImageError for an image that is missing, malformed, contradicts
-    another one or asks for more than the limits allow, and if reading makes no progress for 30 s;
-    UnsupportedError for images that are not read (of a CRIU that is too old, of MIPS). Cancelled,
-    it ends the process and leaves nothing behind. Needs no privilege besides reading the files.
+    if there is no such directory or file; ImageError for what can not be read as an archive, for an
+    image that is missing, malformed, contradicts another one or asks for more than the limits
+    allow, and if reading makes no progress for 30 s; UnsupportedError for images that are not read
+    (of a CRIU that is too old, of MIPS). Cancelled, it ends the process and leaves nothing behind.
+    Needs no privilege besides reading the files.
     """
     reading = start_reading(os.fspath(path), max_size)
     try:

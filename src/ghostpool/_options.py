@@ -78,8 +78,8 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--images-dir",
                 default=".",
                 show_default=True,
-                metavar="DIR",
-                help="Directory of the images.",
+                metavar="IMAGES",
+                help="Directory of the images, or checkpoint archive.",
             ),
             click.option(
                 "-t",

@@ -117,6 +117,7 @@ class CreateOp(NamedTuple):
     rdev: int
     target: bytes
     image: bytes
+    """Name of the image in its directory; empty: what is handed over is the content itself."""
     size: int
     extents: tuple[tuple[int, int, int], ...]
 

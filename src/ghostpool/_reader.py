@@ -1,10 +1,10 @@
 """The reader: a process that may do nothing but read images, and tell what is in them.
 
 It is started first of all, as the fork server is, and has the parser loaded when the first request
-comes: a directory, by descriptor, how large a ghost may be, and whether all mounts matter. It gives
-up everything else (see _confine), reads, and answers in frames of JSON. Whoever takes the parser
-over by a malformed image has a process that can say untrue things to a coordinator that believes
-none of them.
+comes: a directory or an archive, by descriptor, how large a ghost may be, and whether all mounts
+matter. It gives up everything else (see _confine), reads, and answers in frames of JSON. Whoever
+takes the parser over by a malformed image has a process that can say untrue things to a coordinator
+that believes none of them.
 
 It may not be able to open an image that belongs to somebody else, since what lets root do that is
 a capability; then it asks, and gets the descriptor of that one image.
@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import signal
+import stat
 import time
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
@@ -26,7 +27,7 @@ from ghostpool import _confine
 from ghostpool._errors import ImageError, UnsupportedError
 from ghostpool._imagerows import ASK, LENGTH, MAX_FRAME, Rows, Telling
 from ghostpool._images import read_source
-from ghostpool._imagesource import DirectorySource, OpenFile, OpenImage
+from ghostpool._imagesource import DirectorySource, ImageSource, OpenFile, OpenImage
 from ghostpool._limits import Limits
 from ghostpool._protocol import take_rights
 
@@ -130,12 +131,29 @@ class AskingSource(DirectorySource):
 def read(said: Said) -> None:
     """Serve one request."""
     (path, size, all_mounts), fds = said.hear()
-    confined = _confine.confine(fds[0])
-    said.say("confined", list(confined))
-    source = AskingSource(fds[0], said)
+    limits = Limits(size=size)
+    source: ImageSource
+    if stat.S_ISDIR(os.fstat(fds[0]).st_mode):
+        said.say("confined", list(_confine.confine(fds[0])))
+        source = AskingSource(fds[0], said)
+    else:
+        source = _archive(path, fds[0], limits, said)
     telling = Telling(said.say)
-    images = read_source(path, source, Limits(size=size), telling, all_mounts=all_mounts)
+    images = read_source(path, source, limits, telling, all_mounts=all_mounts)
     telling.finish(images)
+
+
+def _archive(path: str, fd: int, limits: Limits, said: Said) -> ImageSource:
+    """The images in an archive; only who has one pays for what reads and unpacks it."""
+    from ghostpool._archive import open_archive
+    from ghostpool._unpack import load
+
+    load()
+    cpu_s = _confine.unpacking_s(os.fstat(fd).st_size)
+    said.say("confined", list(_confine.confine(None, cpu_s)))
+    source = open_archive(path, fd, limits, said.go_on)
+    said.say("archive", [list(step) for step in source.steps])
+    return source
 
 
 def answer(said: Said, work: Callable[[Said], None]) -> None:

@@ -1,7 +1,8 @@
 """The coordinator's side of the reader: what it is given, and what is believed of its answer.
 
 Every frame is bounded, every descriptor it asks for is that of a regular file in the directory of
-the images, and every value is checked by `Rebuild`. However it ends, it is gone afterwards.
+the images, an archive is unpacked in one of few ways, and every value is checked by `Rebuild`.
+However it ends, it is gone afterwards.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -26,7 +28,7 @@ from ghostpool._errors import ImageError, UnsupportedError
 from ghostpool._imagerows import ASK, LENGTH, MAX_FRAME
 from ghostpool._imagesource import OPEN_FLAGS
 from ghostpool._limits import Limits, size_text
-from ghostpool._model import Images
+from ghostpool._model import Images, Step
 from ghostpool._protocol import rights
 from ghostpool._rebuild import Rebuild
 from ghostpool._startreader import Reading
@@ -39,6 +41,8 @@ STOP_S: Final = 5.0
 """How long it may take to be gone after it was killed."""
 _MAX_TOTAL: Final = 512 << 20
 _MAX_NAME: Final = 255
+_MAX_STEPS: Final = 2
+"""An archive in an archive, both packed."""
 _CHUNK: Final = 1 << 18
 _LONGEST: Final = 10_000
 """Characters of a message that are shown."""
@@ -113,6 +117,7 @@ class _Conversation:
         self._socket.setblocking(False)
         self._buffer = bytearray()
         self._total = 0
+        self._unpacking: tuple[Step, ...] | None = None
         self._rebuild = Rebuild(
             reading.path, Limits(size=reading.size), all_mounts=reading.all_mounts
         )
@@ -138,11 +143,16 @@ class _Conversation:
                     raise self._error(value)
                 elif kind == "confined":
                     self._confined(value)
+                elif kind == "archive" and self._unpacking is None:
+                    self._unpacking = self._steps(value)
                 elif kind == "still":
                     self._total += _STILL_COSTS
                 else:
                     self._rebuild.add([kind, value])
-            return self._rebuild.images()
+            images = self._rebuild.images()
+            if self._unpacking is None:
+                return images
+            return images._replace(unpacking=self._unpacking)
 
     def _confined(self, layers: list[Any]) -> None:
         match layers:
@@ -150,6 +160,19 @@ class _Conversation:
                 log.debug("the reader is confined: root %s, filter %s", root, filtered)
             case _:
                 raise self._nonsense()
+
+    def _steps(self, steps: list[Any]) -> tuple[Step, ...]:
+        """How the archive is unpacked, which nobody has to be told of a directory."""
+        found = []
+        for step in steps:
+            match step:
+                case ["gzip" | "zstd" as kind, int() as at] if 0 <= at < 1 << 63:
+                    found.append(Step(kind, at))
+                case _:
+                    raise self._nonsense()
+        if len(found) > _MAX_STEPS or not stat.S_ISREG(os.fstat(self._reading.directory).st_mode):
+            raise self._nonsense()
+        return tuple(found)
 
     def _nonsense(self) -> ImageError:
         return ImageError(

@@ -98,6 +98,7 @@ def read_ghosts(
     images = {GhostId(r.target): ghost_file_name(r.target) for r in remaps if r.kind == "ghost"}
     _check_complete(source, remaps, files, images.values())
     source.expect(list(images.values()))
+    place = source.place
     for remap in remaps:
         if remap.kind != "ghost":
             continue
@@ -106,7 +107,10 @@ def read_ghosts(
         new = ghost is None
         if ghost is None:
             image = images[ghost_id]
-            ghost = ghosts[ghost_id] = read_ghost(source, ghost_id, image, referrer=remap.record)
+            ghost = read_ghost(source, ghost_id, image, referrer=remap.record)
+            if place is not None:
+                ghost = _moved(ghost, place(image))
+            ghosts[ghost_id] = ghost
         reg = files.regs[remap.origin]
         if reg.size is not None and reg.size != ghost.size and stat.S_ISREG(ghost.mode):
             problem = f"has {ghost.size} bytes", f"{reg.size}"
@@ -118,6 +122,12 @@ def read_ghosts(
             continue
         where = f"{files.image()}, record {files.records[reg.id]}"
         raise ImageError(ghost.file, 0, f"the ghost {problem[0]}, {where} says {problem[1]}")
+
+
+def _moved(ghost: Ghost, by: int) -> Ghost:
+    """The ghost with the positions of its content in an archive."""
+    extents = [extent._replace(position=extent.position + by) for extent in ghost.extents]
+    return ghost._replace(extents=tuple(extents))
 
 
 def check_remapped(

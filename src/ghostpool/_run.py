@@ -33,7 +33,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import anyio
 
 from ghostpool import _linux, _needs
-from ghostpool._errors import GhostpoolError, PlanError, SandboxError, first_cause, reportable
+from ghostpool._errors import (
+    GhostpoolError,
+    PlanError,
+    SandboxError,
+    UnsupportedError,
+    first_cause,
+    reportable,
+)
 from ghostpool._followers import Events, EventSink
 from ghostpool._guard import Guard
 from ghostpool._launch import Launched
@@ -302,6 +309,11 @@ async def prepared(
         pool.events = events
         try:
             images, tables = await _read(reading, pool, targets)
+            if images.unpacking:
+                raise UnsupportedError(
+                    f"{images.directory}: the archive is compressed, which can not be restored "
+                    "yet: unpack it (zstd -d, gunzip)"
+                )
             by_id = _resolved(request, images, pinned)
             if not by_id:
                 by_id = await _rebuilt(request, images, server, hard)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ class Reading(NamedTuple):
     socket: int
     """The coordinator's end of its socket."""
     directory: int
-    """The images; the reader has it too."""
+    """The images, or the archive that they are in; the reader has it too."""
     path: str
     """As the user named it."""
     size: int
@@ -36,20 +37,15 @@ class Reading(NamedTuple):
 
 
 def start_reading(path: str, size: int, *, all_mounts: bool = True) -> Reading:
-    """Have the images in the directory `path` read. PlanError: there is no such directory.
+    """Have the images in the directory or archive `path` read. PlanError: there is none.
 
     A fresh interpreter in isolated mode, with an empty environment, and with no descriptor besides
-    its socket, the directory and /dev/null. It finds the modules where this process does.
+    its socket, the images and /dev/null. It finds the modules where this process does.
     OSError if the interpreter can not be executed.
     """
     import _socket
 
-    try:
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise PlanError(
-            f"{path}: {error.strerror}: name the directory that was given to criu dump -D"
-        ) from error
+    directory = open_images(path)
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
         request = json.dumps([path, size, all_mounts]).encode()
@@ -67,9 +63,24 @@ def start_reading(path: str, size: int, *, all_mounts: bool = True) -> Reading:
     return Reading(pid, ours.detach(), directory, path, size, os.pidfd_open(pid), all_mounts)
 
 
+def open_images(path: str) -> int:
+    """A directory of images, or what may be an archive of them. PlanError: it is neither."""
+    remedy = "name the directory that was given to criu dump -D, or a checkpoint archive"
+    try:
+        # Whoever opens a fifo without O_NONBLOCK waits for its writer.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        raise PlanError(f"{path}: {error.strerror}: {remedy}") from error
+    kind = stat.S_IFMT(os.fstat(fd).st_mode)
+    if kind not in (stat.S_IFDIR, stat.S_IFREG):
+        os.close(fd)
+        raise PlanError(f"{path}: is neither a directory nor a regular file: {remedy}")
+    return fd
+
+
 def _spawn(socket: int) -> int:
     paths = [package_root(), *filter(os.path.isabs, sys.path)]
     return execute(_BOOT.format(paths=paths), socket, null=(0, 1, 2))
 
 
-__all__ = ["Reading", "start_reading"]
+__all__ = ["Reading", "open_images", "start_reading"]

@@ -20,6 +20,7 @@ import pytest
 from ghostpool import _linux
 from ghostpool._mountinfo import LiveMount
 from ghostpool.testing._targets import built
+from tests.support.archives import packed
 from tests.support.corpus import CORPUS, corpus
 from tests.support.namespaces import mountinfo
 from tests.support.restore import (
@@ -383,6 +384,20 @@ def seen(namespaces: Mapping[int, int]) -> dict[int, Seen]:
 @pytest.mark.parametrize("case", CASES)
 def test_into_namespaces_of_the_truth(case: str, jobs: int, strategy: str, tmp_path: Path) -> None:
     """Live namespaces get everything back, and differ from before in nothing at all."""
+    check_restore(case, CORPUS / case / "images", jobs, strategy, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["podman", "crio", "containerd"])
+@pytest.mark.parametrize("case", CASES)
+def test_from_an_archive(case: str, how: str, tmp_path: Path) -> None:
+    """So they do with the same images in a checkpoint archive, whatever its name says it is."""
+    archive = packed(CORPUS / case / "images", how, tmp_path / "checkpoint.tar.bz2")
+    check_restore(case, archive, 4, "remount", tmp_path)
+
+
+def check_restore(case: str, images: Path, jobs: int, strategy: str, tmp_path: Path) -> None:
+    """Restore into namespaces of the truth, and compare everything before and after."""
     truth = truth_of(case)
     specs = specs_from_truth(corpus(case)[1])
     taken = {
@@ -404,7 +419,7 @@ def test_into_namespaces_of_the_truth(case: str, jobs: int, strategy: str, tmp_p
         options = (*targets, *ALLOWED.get(case, ()), "--jobs", jobs, "--report", report)
         options += ("--strategy", strategy)
         socket = tmp_path / "socket"
-        with serving("-D", CORPUS / case / "images", "--serve", socket, *options) as served:
+        with serving("-D", images, "--serve", socket, *options) as served:
             assert served.tasks == len(truth.tasks)
             with fetched(served.socket, truth.tasks) as probes:
                 check_descriptors(truth, probes, places, taken)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.images import Shape, write_images
-from ghostpool import _confine, _limits
+from ghostpool import _archive, _confine, _limits
 from ghostpool._errors import ImageError
 from ghostpool._images import read_images, read_source
 from ghostpool._limits import Limits, parse_size, record_limit, size_text
@@ -297,6 +297,8 @@ def test_the_table_of_limits_is_true() -> None:
         "length of a record of core, mm and files": size_text(record_limit("mm")),
         "text of a mount (root, source, options)": f"{_limits.TEXT_LIMIT:,} bytes",
         "names in the directory": f"{limits.names:,}",
+        "members of an archive": f"{limits.names:,}",
+        "images kept of a packed archive": size_text(_archive.KEPT_MAX),
         "tasks": f"{limits.tasks:,}",
         "threads": f"{limits.threads:,}",
         "mounts": f"{limits.mounts:,}",
