@@ -20,6 +20,7 @@ from ghostpool._limits import Limits
 from ghostpool._model import Images
 from ghostpool._reading import read_apart
 from ghostpool._startreader import Reading
+from tests.support.archives import packed
 from tests.support.corpus import CASES, CORPUS, content, corpus
 from tests.support.imagewriter import ImageSet, ghosts_on
 from tests.support.ordinary import ordinary_user
@@ -66,6 +67,12 @@ def check(case: str, output: Path) -> None:
 def test_what_it_writes_is_what_the_images_hold(case: str, tmp_path: Path) -> None:
     extract(CORPUS / case / "images", tmp_path / "out")
     check(case, tmp_path / "out")
+
+
+def test_from_an_archive(tmp_path: Path) -> None:
+    images = packed(CORPUS / "03-sparse" / "images", "podman", tmp_path / "archive")
+    extract(images, tmp_path / "out")
+    check("03-sparse", tmp_path / "out")
 
 
 def _fails_with(code: int) -> Callable[..., int]:

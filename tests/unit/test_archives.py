@@ -76,7 +76,8 @@ def placeless(images: Images) -> Images:
         ident: ghost._replace(extents=tuple(e._replace(position=0) for e in ghost.extents))
         for ident, ghost in images.ghosts.items()
     }
-    return images._replace(directory="", unpacking=None, ghosts=ghosts)
+    fifos = {reg: data._replace(position=0) for reg, data in images.fifo_data.items()}
+    return images._replace(directory="", unpacking=None, ghosts=ghosts, fifo_data=fifos)
 
 
 @pytest.mark.parametrize("how", PACKED)
