@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 enum { MESSAGE = 1 << 16, FDS = 253, DEPTH = 16 };
-struct file { int number, fd; bool cloexec; };
+struct file { int number, fd; bool cloexec; char key[48]; }; /* a key, or "" */
 struct message { char type[16], why[1024]; bool more, refused; int count; struct file file[FDS]; };
 static int people = 2; /* where they read, whatever becomes of number 2 */
 #define die(status, ...) (dprintf(people, __VA_ARGS__), dprintf(people, "\n"), exit(status))
@@ -67,13 +67,14 @@ static void value(struct message *m, struct file *file, int depth, const char *k
     if (quoted) string(text, sizeof text);
     else if (!length || length >= sizeof text) die(1, "no JSON: %.20s", at);
     else memcpy(text, at, length), at += length;
-    bool yes = !quoted && !strcmp(text, "true");
-    if (depth == 1 && !strcmp(key, "type")) memcpy(m->type, text, sizeof m->type - 1);
-    if (depth == 1 && !strcmp(key, "reason")) memcpy(m->why, text, sizeof m->why);
-    if (depth == 1 && !strcmp(key, "more")) m->more = yes;
-    if (depth == 1 && !strcmp(key, "refused")) m->refused = yes;
-    if (depth == 3 && file && !strcmp(key, "fd")) file->number = atoi(text);
-    if (depth == 3 && file && !strcmp(key, "close_on_exec")) file->cloexec = yes;
+    bool yes = !quoted && !strcmp(text, "true"), message = depth == 1, row = depth == 3 && file;
+#define IS(name) !strcmp(key, name)
+    if (message && IS("type")) memcpy(m->type, text, sizeof m->type - 1);
+    if (message && IS("reason")) memcpy(m->why, text, sizeof m->why);
+    if (message && (IS("more") || IS("refused"))) *(IS("more") ? &m->more : &m->refused) = yes;
+    if (row && IS("fd")) file->number = atoi(text);
+    if (row && IS("close_on_exec")) file->cloexec = yes;
+    if (row && IS("key")) memcpy(file->key, text, sizeof file->key - 1);
 }
 
 static void say(int connection, const char *message) {
@@ -107,11 +108,9 @@ static int above(int fd, int numbers) { /* out of their way */
 }
 
 int main(int argc, char **argv) {
-    static struct message m;
-    char hello[128];
+    static struct message m; char hello[128];
     struct sockaddr_un name = {.sun_family = AF_UNIX};
-    struct ucred peer;
-    struct rlimit before;
+    struct ucred peer; struct rlimit before;
     if (argc < 4 || strlen(argv[1]) >= sizeof name.sun_path) die(2, "fetch SOCKET TASK COMMAND...");
     strcpy(name.sun_path, argv[1]);
     int connection = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0), count = 0, numbers = 3;
@@ -134,14 +133,16 @@ int main(int argc, char **argv) {
     people = above(dup(2), numbers), connection = above(connection, numbers);
     for (int i = 0; i < count; i++) files[i].fd = above(files[i].fd, numbers);
     char *cloexec = calloc((size_t)count + 1, sizeof "2147483647,"), *end = cloexec;
-    for (int i = 0; i < count; i++) {
-        if (dup2(files[i].fd, files[i].number) < 0 || close(files[i].fd) < 0 || !cloexec)
-            die(1, "number %d: %s", files[i].number, strerror(errno));
-        if (files[i].cloexec) end += sprintf(end, &",%d"[end == cloexec], files[i].number);
+    char *keys = calloc((size_t)count + 1, sizeof files->key + 32), *last = keys;
+    for (struct file *f = files; f < files + count; f++) {
+        if (dup2(f->fd, f->number) < 0 || close(f->fd) < 0 || !cloexec || !keys)
+            die(1, "number %d: %s", f->number, strerror(errno));
+        if (f->cloexec) end += sprintf(end, &",%d"[end == cloexec], f->number);
+        if (*f->key) last += sprintf(last, "%c\"%s\": %d", ",{"[last == keys], f->key, f->number);
     }
-    say(connection, "{\"type\": \"ready\"}");
-    hear(connection, &m, "released");
-    setenv("GHOSTPOOL_TASK", argv[2], 1), setenv("GHOSTPOOL_CLOEXEC", cloexec, 1);
+    strcpy(last, &"{}"[last > keys]), say(connection, "{\"type\": \"ready\"}");
+    hear(connection, &m, "released"), setenv("GHOSTPOOL_TASK", argv[2], 1);
+    setenv("GHOSTPOOL_CLOEXEC", cloexec, 1), setenv("GHOSTPOOL_KEYS", keys, 1);
     if ((rlim_t)numbers <= before.rlim_cur) setrlimit(RLIMIT_NOFILE, &before);
     execvp(argv[3], argv + 3);
     die(1, "%s: %s", argv[3], strerror(errno));

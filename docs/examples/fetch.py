@@ -40,7 +40,7 @@ class File(NamedTuple):
     """One file of the task."""
 
     number: int
-    """In the task."""
+    """In the task; with a key, one that no descriptor of the task has."""
     fd: int
     """Here; close-on-exec, and the caller's."""
     flags: int
@@ -49,6 +49,8 @@ class File(NamedTuple):
     """Where the next read begins; None where that means nothing."""
     close_on_exec: bool
     """In the task."""
+    key: str | None
+    """Set for what the task had in another way than as a descriptor: cwd, root, exe, map:…"""
 
 
 class Connection:
@@ -85,7 +87,7 @@ class Connection:
             message, fds = self._receive("files")
             for row, fd in zip(message["files"], fds, strict=True):
                 about = row["flags"], row["offset"], row["close_on_exec"]
-                files.append(File(row["fd"], fd, *about))
+                files.append(File(row["fd"], fd, *about, row.get("key")))
             more = message["more"]
         return files
 
@@ -158,6 +160,8 @@ def main(path: str, task: str, *command: str) -> None:
             os.environ["GHOSTPOOL_TASK"] = task
             cloexec = sorted(file.number for file in files if file.close_on_exec)
             os.environ["GHOSTPOOL_CLOEXEC"] = ",".join(map(str, cloexec))
+            keys = {file.key: file.number for file in files if file.key}
+            os.environ["GHOSTPOOL_KEYS"] = json.dumps(keys)
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it
             os.execvp(command[0], command)
         finally:

@@ -139,6 +139,11 @@ def open_flags(file: RegFile, ghost: Ghost | Linked, mount: LiveMount) -> int:
     return flags
 
 
+def alike(flags: int) -> int:
+    """What of open flags tells one open file from another."""
+    return flags & ~(_DROPPED_FLAGS | _O_LARGEFILE)
+
+
 def check_mount(site: Site) -> None:
     """Refuse what nothing can be created on.
 

@@ -2,12 +2,14 @@
 
 Delivery begins when the mounts are back, the temporaries gone and the workers ended. A command is
 forked from the fork server, enters its task's mount namespace and finds exactly its task's ghost
-descriptors, at their numbers or, on request, from 3 on as sd_listen_fds(3) expects them.
+descriptors, at their numbers or, on request, from 3 on as sd_listen_fds(3) expects them. What the
+task held in other ways comes at free numbers, which GHOSTPOOL_KEYS tells.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 from collections.abc import Mapping
@@ -91,10 +93,16 @@ async def _start(
     target = run.targets[planned.task.namespace]
     environment = environment_of(planned, restored, os.environb)
     descriptors = restored.of_task(planned)
+    keys = {key.key: key.number for key in planned.keys}
+    for key, fd in restored.of_keys(planned).items():
+        descriptors[keys[key]] = fd
     if listen_fds:
-        for name, value in _listenfds.variables(descriptors).items():
+        for name, value in _listenfds.variables(descriptors, keys).items():
             environment[name.encode()] = value.encode()
+        places = _listenfds.places(descriptors)
+        keys = {key: places[number] for key, number in keys.items()}
         descriptors = _listenfds.arranged(descriptors)
+    environment[b"GHOSTPOOL_KEYS"] = json.dumps(keys).encode()
     try:
         return await run.server.command(
             [os.fsencode(word) for word in argv],

@@ -92,6 +92,8 @@ class FileOpened(Event):
     """Id of the open file description in the images."""
     path: str
     """The old name, in the task's mount namespace."""
+    keys: str = ""
+    """What tasks hold it as besides descriptors, with commas: cwd, root, exe, map:<start>-<end>."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,17 +43,20 @@ def fetch(path: str, task: int, argv: list[str], *, listen_fds: bool = False) ->
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     connection = _connect(path)
     with _in_words(f"{path}: the server did not hand over task {task}"):
-        descriptors, cloexec = _take(connection, task)
+        descriptors, cloexec, keys = _take(connection, task)
     environment = {
         **os.environ,
         "GHOSTPOOL_TASK": str(task),
         "GHOSTPOOL_CLOEXEC": ",".join(map(str, sorted(cloexec))),
     }
     if listen_fds:
-        environment |= _listenfds.variables(descriptors)
+        environment |= _listenfds.variables(descriptors, keys)
         if descriptors:
             environment["LISTEN_PID"] = str(os.getpid())
+        places = _listenfds.places(descriptors)
+        keys = {key: places[number] for key, number in keys.items()}
         descriptors = _listenfds.arranged(descriptors)
+    environment["GHOSTPOOL_KEYS"] = json.dumps(keys)
     targets = {number: number for number in range(3) if number not in descriptors}
     with _stderr_kept(max(descriptors, default=2) + 1):
         try:
@@ -89,10 +92,12 @@ def _connect(path: str) -> socket.socket:
     return connection
 
 
-def _take(connection: socket.socket, task: int) -> tuple[dict[int, int], list[int]]:
-    """Descriptors by their numbers in the task, and the numbers that are close-on-exec."""
+def _take(connection: socket.socket, task: int) -> tuple[dict[int, int], list[int], dict[str, int]]:
+    """Descriptors by their numbers in the task, the numbers that are close-on-exec, and those of
+    keys."""
     descriptors: dict[int, int] = {}
     cloexec: list[int] = []
+    keys: dict[str, int] = {}
     _send(connection, {"type": "hello", "version": VERSION, "task": task})
     more = True
     while more:
@@ -101,8 +106,10 @@ def _take(connection: socket.socket, task: int) -> tuple[dict[int, int], list[in
             descriptors[row["fd"]] = fd
             if row["close_on_exec"]:
                 cloexec.append(row["fd"])
+            if "key" in row:
+                keys[row["key"]] = row["fd"]
         more = message["more"]
-    return descriptors, cloexec
+    return descriptors, cloexec, keys
 
 
 def _send(connection: socket.socket, message: object) -> None:

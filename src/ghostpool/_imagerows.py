@@ -79,7 +79,7 @@ class Telling:
         self._tell("descriptors", _descriptors(tasks, tables))
         rows = ([t.pid, t.parent, t.namespace, tables[id(t.descriptors)]] for t in tasks)
         self._tell("tasks", rows)
-        self._tell("holders", ([h.pid, h.key, h.reg_id] for task in tasks for h in task.holders))
+        self._tell("holders", (list(h) for task in tasks for h in task.holders))
 
     def _flush(self) -> None:
         if self._rows:

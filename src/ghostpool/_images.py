@@ -53,6 +53,8 @@ _ZOMBIE: Final = frozenset((2, 6))
 _VMA_FILE: Final = 0x40 | 0x80
 _VMA_MEMFD: Final = 0x4000
 _VMA_PLUGIN: Final = 1 << 27
+_MAP_SHARED: Final = 1
+_PROT_WRITE: Final = 2
 
 _STRAY_TASK: Final = re.compile(r"(?:core|ids)-([1-9][0-9]*)\.img")
 
@@ -111,7 +113,8 @@ def _read(
     own_mounts = root.ids.mnt_ns_id != inventory.mnt_ns_id
     for task in living:
         _check_namespace(task, root, own_mounts)
-    files = read_files(source, flags_of(root.machine, f"core-{root.pid}.img"))
+    ours = flags_of(root.machine, f"core-{root.pid}.img")
+    files = read_files(source, ours)
     used = None if all_mounts else {reg.mnt_id for reg in files.regs.values()}
     mounts = _mounts(source, living, used) if own_mounts else {}
     _check_mount_ids(files, mounts)
@@ -122,7 +125,7 @@ def _read(
     remaps = read_remaps(source, files)
     check_remapped(remaps, files, mounts)
     told("remaps", remaps)
-    tasks = _tasks(source, living, files, remaps, own_mounts)
+    tasks = _tasks(source, living, files, remaps, own_mounts, ours)
     told("tasks", tasks)
     ghosts: dict[GhostId, Ghost] = {}
     told("ghosts", read_ghosts(source, remaps, files, ghosts))
@@ -260,6 +263,7 @@ def _tasks(
     files: FileTable,
     remaps: tuple[Remap, ...],
     own_mounts: bool,
+    ours: Callable[[int], int] | None,
 ) -> tuple[Task, ...]:
     remapped = {remap.origin for remap in remaps}
     absent: list[str] = []
@@ -270,9 +274,8 @@ def _tasks(
         files_id = task.ids.files_id
         if files_id not in tables:
             tables[files_id] = _descriptors(source, files_id, files, absent)
-        holders = tuple(
-            holder for holder in _holders(source, Pid(task.pid), files) if holder.reg_id in remapped
-        )
+        held = _holders(source, Pid(task.pid), files, ours)
+        holders = tuple(holder for holder in held if holder.reg_id in remapped)
         namespace = NsId(task.ids.mnt_ns_id) if own_mounts else HOST_NS
         tasks.append(Task(Pid(task.pid), Pid(task.parent), namespace, tables[files_id], holders))
     if absent:
@@ -332,12 +335,14 @@ def _descriptors(
     return tuple(row for fd in sorted(rows) if (row := rows[fd]) is not None)
 
 
-def _holders(source: ImageDirectory, pid: Pid, files: FileTable) -> Iterable[Holder]:
+def _holders(
+    source: ImageDirectory, pid: Pid, files: FileTable, ours: Callable[[int], int] | None
+) -> Iterable[Holder]:
     fs, mm = f"fs-{pid}.img", f"mm-{pid}.img"
     # A dump writes both for every living task; without one, a ghost that is mapped or a working
     # directory besides being open would lose that silently.
     entry = source.one(fs, "fs")
-    directories = ((fs, "cwd", entry.cwd_id), (fs, "root", entry.root_id))
+    directories = ((fs, "cwd", entry.cwd_id, None), (fs, "root", entry.root_id, None))
     entry = source.one(mm, "mm")
     if not entry.vmas and f"vmas-{pid}.img" in source.names:
         raise UnsupportedError(
@@ -346,16 +351,32 @@ def _holders(source: ImageDirectory, pid: Pid, files: FileTable) -> Iterable[Hol
         )
     # For any other status shmid is not an id of a file.
     mapped = (
-        (mm, f"map:{vma.start:x}-{vma.end:x}", vma.shmid)
+        (mm, f"map:{vma.start:x}-{vma.end:x}", vma.shmid, _mapping_flags(vma, ours))
         for vma in entry.vmas
         if vma.status & _VMA_FILE and not vma.status & (_VMA_MEMFD | _VMA_PLUGIN)
     )
-    for name, key, reg in chain(directories, ((mm, "exe", entry.exe_file_id),), mapped):
+    keys: set[str] = set()
+    program = ((mm, "exe", entry.exe_file_id, None),)
+    for name, key, reg, flags in chain(directories, program, mapped):
         if reg not in files.regs:
             raise ImageError(
                 name, 0, f"{key} refers to file id {reg}, which {files.image()} does not hold"
             )
-        yield Holder(pid, key, RegId(reg))
+        if key in keys:
+            raise ImageError(name, 0, f"repeats {key}")
+        if flags is not None and flags >> 31:
+            raise ImageError(name, 0, f"{flags:#x} of {key} are no open flags")
+        keys.add(key)
+        yield Holder(pid, key, RegId(reg), flags)
+
+
+def _mapping_flags(vma: Any, ours: Callable[[int], int] | None) -> int:
+    """Of the open that a mapping is made from; not every CRIU says them."""
+    if vma.HasField("fdflags"):
+        flags: int = vma.fdflags
+        return flags if ours is None else ours(flags)
+    writes = vma.flags & _MAP_SHARED and vma.prot & _PROT_WRITE
+    return os.O_RDWR if writes else os.O_RDONLY
 
 
 def _check_mount_ids(files: FileTable, mounts: dict[NsId, tuple[ImageMount, ...]]) -> None:

@@ -16,18 +16,25 @@ FIRST = 3
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
 
+def places(numbers: Iterable[int]) -> dict[int, int]:
+    """The places that descriptors with these numbers in the task have by the convention."""
+    return {number: FIRST + place for place, number in enumerate(sorted(numbers))}
+
+
 def arranged(descriptors: Mapping[int, int]) -> dict[int, int]:
-    """Descriptors by their numbers in the task, in the places that they have by the convention."""
-    return {FIRST + place: descriptors[number] for place, number in enumerate(sorted(descriptors))}
+    """Descriptors by their numbers in the task, in these places."""
+    return {place: descriptors[number] for number, place in places(descriptors).items()}
 
 
-def variables(numbers: Iterable[int]) -> dict[str, str]:
-    """What says so: each is called by its number in the task. None for no descriptor at all.
+def variables(numbers: Iterable[int], keys: Mapping[str, int]) -> dict[str, str]:
+    """What says so: each is called by its number in the task, or by its key if it has one. None
+    for no descriptor at all.
 
-    Besides it takes LISTEN_PID, which only the process itself can know. LISTEN_FDS=0 would be an
-    error to libsystemd.
+    A name can have no colon: it is a hyphen there. Besides it takes LISTEN_PID, which only the
+    process itself can know. LISTEN_FDS=0 would be an error to libsystemd.
     """
-    names = [str(number) for number in sorted(numbers)]
+    called = {number: key.replace(":", "-") for key, number in keys.items()}
+    names = [called.get(number, str(number)) for number in sorted(numbers)]
     return {"LISTEN_FDS": str(len(names)), "LISTEN_FDNAMES": ":".join(names)} if names else {}
 
 

@@ -26,6 +26,7 @@ GhostId = NewType("GhostId", int)
 """Number of a ghost in the images; `Ghost.file` names the image of that one."""
 RegId = NewType("RegId", int)
 """Id of a reg_file_entry: one open file description of the dumped tasks."""
+_REG_BITS = 32
 Pid = NewType("Pid", int)
 """A pid as the images have it: inside the dumped pid namespace."""
 
@@ -41,6 +42,16 @@ def service_of(handle: MountHandle) -> MountHandle:
 def live_of(handle: int) -> MountHandle:
     """The handle of the mount itself, given either of its two."""
     return MountHandle(handle & ~1)
+
+
+def further_open(reg: RegId, number: int) -> RegId:
+    """The id of one more open of a reg file, with other flags; number 0 is the file's own."""
+    return RegId(number << _REG_BITS | reg)
+
+
+def id_in_images(reg: RegId) -> RegId:
+    """The id that the images have for an open."""
+    return RegId(reg & (1 << _REG_BITS) - 1)
 
 
 GHOST_KINDS = frozenset(
@@ -176,6 +187,8 @@ class Holder(NamedTuple):
     key: str
     """exe, cwd, root or map:<start>-<end> (hex)."""
     reg_id: RegId
+    flags: int | None = None
+    """Of open(2), for a mapping; None: those of the file."""
 
 
 class Task(NamedTuple):

@@ -20,7 +20,7 @@ from ghostpool._followers import Events
 from ghostpool._guard import Key
 from ghostpool._ledger import Ledger
 from ghostpool._mend import left_behind
-from ghostpool._model import GhostId, MountHandle, RegId
+from ghostpool._model import GhostId, MountHandle, RegId, id_in_images
 from ghostpool._paths import join, relative_to, text
 from ghostpool._planned import (
     Files,
@@ -57,6 +57,15 @@ def _opened_often(plan: Plan) -> set[GhostId]:
     return {*plan.links, *(ghost for ghost, count in opened.items() if count > 1)}
 
 
+def _keys_of(plan: Plan) -> dict[RegId, list[str]]:
+    """What each open is held as besides descriptors."""
+    found: dict[RegId, list[str]] = {}
+    for task in plan.tasks:
+        for key in task.keys:
+            found.setdefault(key.reg_id, []).append(key.key)
+    return found
+
+
 class Opener:
     """Opens the files of one plan."""
 
@@ -89,6 +98,7 @@ class Opener:
         self._places: dict[tuple[object, ...], tuple[bytes, bytes]] = {}
         self._rooms = {slot: new_room() for slot in set(slots.values())}
         self._begun: dict[RegId, _Opening] = {}
+        self._keys = _keys_of(plan) if events else {}
 
     def not_begun(self, opens: Iterable[PlannedOpen]) -> list[PlannedOpen]:
         """Those of `opens` that nobody has asked for yet."""
@@ -186,8 +196,9 @@ class Opener:
                 self._events.send(
                     FileOpened(
                         task=task,
-                        file=planned.opening.file.id,
+                        file=id_in_images(planned.opening.file.id),
                         path=text(planned.opening.file.name),
+                        keys=",".join(self._keys.get(planned.opening.file.id, ())),
                     )
                 )
 

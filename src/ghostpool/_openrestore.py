@@ -47,6 +47,19 @@ class RestoredTask:
         """As `take_fds_nowait`; it does not wait at present, and is no checkpoint."""
         return self._restored.take(self.planned)
 
+    def take_keys_nowait(self) -> dict[str, int]:
+        """What the task held besides descriptors, by key: descriptor here, owned by the caller.
+
+        Keys are `cwd`, `root`, `exe` and `map:<start>-<end>`, as in /proc/PID/maps; there are only
+        those of ghosts. Each is open with the flags that it had: a directory to change into, a
+        program to execute, a file to map. Else as `take_fds_nowait`.
+        """
+        return self._restored.take_keys(self.planned)
+
+    async def take_keys(self) -> dict[str, int]:
+        """As `take_keys_nowait`; it does not wait at present, and is no checkpoint."""
+        return self._restored.take_keys(self.planned)
+
 
 class RestoredRun:
     """A restore that has succeeded. Made by `restore`."""

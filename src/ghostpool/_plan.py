@@ -16,6 +16,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from ghostpool._errors import (
     PlanError,
     UnsupportedError,
 )
+from ghostpool._keys import Keys, holders_of
 from ghostpool._linkremaps import LinkRemaps, Place
 from ghostpool._match import Matcher, Namespace, Site
 from ghostpool._model import (
@@ -130,6 +132,8 @@ class Planner:
         self._in_the_way: set[tuple[int, bytes]] | None = None
         """Old names of files that no ghost lies below, as device and path inside it; worked out
         for the first directory."""
+        self._holders = holders_of(images)
+        self._keys = Keys()
         self._collect()
 
     # -- step one -------------------------------------------------------------------------------
@@ -166,16 +170,6 @@ class Planner:
             except GhostpoolError as error:
                 self.refuse(f"{text(file.name)} (file id {file.id})", error)
         self._list_privileged()
-        holders = [(task, holder) for task in self._images.tasks for holder in task.holders]
-        remapped = {r.origin for r in self._images.remaps if r.kind != "procfs"} if holders else ()
-        for task, holder in holders:
-            if holder.reg_id in remapped:
-                self.refuse(
-                    text(self._images.files[holder.reg_id].name),
-                    UnsupportedError(
-                        f"held by task {task.pid} as {holder.key}, which can not be restored yet"
-                    ),
-                )
         self._plan.warnings += [
             f"{text(name)}: a bound UNIX socket whose name is gone is not restored yet"
             for name in self._images.deleted_sockets
@@ -200,10 +194,8 @@ class Planner:
             )
             return
         ghost: Ghost | Linked
-        linked = None
         if remap.kind == "linked":
-            hidden = self._images.files[RegId(remap.target)]
-            ghost = linked = self._links.linked(file, hidden)
+            ghost = self._links.linked(file, self._images.files[RegId(remap.target)])
         else:
             ghost = dumped = self._images.ghosts[GhostId(remap.target)]
             check_ghost(dumped, self._policy)
@@ -212,29 +204,34 @@ class Planner:
                     f"files.img says mode {file.mode:o}, {dumped.file} says {dumped.mode:o}: "
                     "the images contradict each other"
                 )
-        if file.id not in held:
+        holders = self._holders.get(file.id)
+        if file.id not in held and not holders:
             # By an inotify mark or a message in flight; or the image that says so was cut.
-            if all(holder.reg_id != file.id for t in self._images.tasks for holder in t.holders):
-                raise UnsupportedError(
-                    "nothing that ghostpool knows of holds it (a mark of inotify or fanotify, a "
-                    "message in flight), or an fdinfo image is cut"
-                )
-            return  # refused by the name of what holds it
+            raise UnsupportedError(
+                "nothing that ghostpool knows of holds it (a mark of inotify or fanotify, a "
+                "message in flight), or an fdinfo image is cut"
+            )
         site = self._matcher.site(file)
-        mount, flags = self._admitted(file, ghost, site)
+        if file.id in held:
+            self._add_opening(file, ghost, site, fifo=held[file.id])
+        for further in self._keys.add(file, ghost.mode, holders or (), held=file.id in held):
+            self._add_opening(further, ghost, site, fifo=False)
         if file.id in self._images.fifo_data:
             self._collect_fifo(file, ghost)
-        at = _make_opened_at((mount, site.directory, flags, held[file.id]))
+
+    def _add_opening(self, file: RegFile, ghost: Ghost | Linked, site: Site, *, fifo: bool) -> None:
+        mount, flags = self._admitted(file, ghost, site)
+        at = _make_opened_at((mount, site.directory, flags, fifo))
         opening = _make_opening((file, ghost, self._opened_at.setdefault(at, at)))
-        if linked is not None:
-            self._links.add(opening, linked)
+        if isinstance(ghost, Linked):
+            self._links.add(opening, ghost)
         key = mount.handle, site.directory
         there = self._wanted.get(key)
         if there is None:
             there = self._wanted[key] = []
         there.append(opening)
         self._openings[file.id] = opening
-        if linked is not None:
+        if isinstance(ghost, Linked):
             return
         if self._first.setdefault(ghost.id, opening) is not opening:
             self._more.setdefault(ghost.id, []).append(opening)
@@ -299,6 +296,7 @@ class Planner:
         """How much there is to hold open; of the files themselves, what `files` says."""
         numbers = [
             [d.number for d in task.descriptors if d.reg_id in self._openings]
+            + [key.number for key in self._keys.of_task(task)]
             for task in self._images.tasks
         ]
         return Counts(
@@ -544,15 +542,16 @@ class Planner:
         placed = self._plan.placed
         for task in sorted(self._images.tasks, key=lambda task: task.pid):
             opens: list[PlannedOpen] = []
-            for descriptor in task.descriptors:
-                opening = self._openings.pop(descriptor.reg_id, None)
+            keys = self._keys.of_task(task)
+            for reg in chain((d.reg_id for d in task.descriptors), (k.reg_id for k in keys)):
+                opening = self._openings.pop(reg, None)
                 if opening is not None:
                     try:
                         opens.append(self._plan_open(opening, placed[opening.ghost.id], looks))
                     except GhostpoolError as error:
                         self.refuse(text(opening.file.name), error)
             leases = self._plan.leases_for(opens)
-            self._plan.tasks.append(PlannedTask(task, tuple(opens), tuple(sorted(leases))))
+            self._plan.tasks.append(PlannedTask(task, tuple(opens), tuple(sorted(leases)), keys))
 
     def _plan_open(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +26,7 @@ from ghostpool._model import (
     Linked,
     MountHandle,
     RegFile,
+    RegId,
     Task,
     service_of,
 )
@@ -309,6 +310,17 @@ def is_moved(ghost: Ghost | Linked, *, shared: bool) -> bool:
     return not shared and not stat.S_ISDIR(ghost.mode)
 
 
+class PlannedKey(NamedTuple):
+    """A ghost that a task holds in another way than by a descriptor."""
+
+    key: str
+    """cwd, root, exe or map:<start>-<end> (hex, as in /proc/PID/maps)."""
+    number: int
+    """One that no descriptor of the task has: where its command finds the file."""
+    reg_id: RegId
+    """Of the open that it gets."""
+
+
 class PlannedTask(NamedTuple):
     """A task, the opens that it does for itself and others, and the leases it needs for them."""
 
@@ -316,6 +328,16 @@ class PlannedTask(NamedTuple):
     opens: tuple[PlannedOpen, ...]
     leases: tuple[MountHandle, ...]
     """Mounts that are writable for it, while it is brought up."""
+    keys: tuple[PlannedKey, ...] = ()
+    """What it holds besides its descriptors."""
+
+    @property
+    def held(self) -> Iterator[RegId]:
+        """The open of each number and key; several may have one."""
+        for descriptor in self.task.descriptors:
+            yield descriptor.reg_id
+        for key in self.keys:
+            yield key.reg_id
 
 
 class Refusal(NamedTuple):

@@ -199,7 +199,7 @@ class Rebuild:
         self._further: dict[GhostId, list[Extent]] = {}
         self._tables: dict[int, _Table] = {}
         self._tasks: dict[Pid, tuple[Pid, NsId, int]] = {}
-        self._holders: dict[Pid, list[Holder]] = {}
+        self._holders: dict[Pid, dict[str, Holder]] = {}
         self._fifos: dict[RegId, FifoData] = {}
         self._sockets: list[bytes] = []
 
@@ -242,7 +242,13 @@ class Rebuild:
             raise Nonsense("no task")
         tables = {number: _by_number(table) for number, table in self._tables.items()}
         tasks = tuple(
-            Task(pid, parent, namespace, tables.get(table, ()), tuple(self._holders.get(pid, ())))
+            Task(
+                pid,
+                parent,
+                namespace,
+                tables.get(table, ()),
+                tuple(self._holders.get(pid, {}).values()),
+            )
             for pid, (parent, namespace, table) in self._tasks.items()
         )
         if tasks[0].namespace != self._root_namespace:
@@ -411,12 +417,18 @@ class Rebuild:
 
     def _add_holders(self, rows: Rows) -> None:
         self._count("fdinfo", len(rows))
-        for ident, key, reg in rows:
+        for ident, key, reg, flags in rows:
             pid = Pid(_known(ident, self._tasks, "task"))
             if type(key) is not str or not _KEY.fullmatch(key):
                 raise Nonsense(f"task {pid} holds a file in no known way")
             _known(reg, self._remapped, "remapped file")
-            self._holders.setdefault(pid, []).append(Holder(pid, key, RegId(reg)))
+            if key.startswith("map:") != (flags is not None):
+                raise Nonsense(f"task {pid} holds {key} with flags, or without")
+            _numbers(() if flags is None else (flags,), _U31)
+            held = self._holders.setdefault(pid, {})
+            if key in held:
+                raise Nonsense(f"task {pid} holds {key} twice")
+            held[key] = Holder(pid, key, RegId(reg), flags)
 
     def _add_ghosts(self, rows: Rows) -> None:
         self._count("ghost-file", len(rows))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ghostpool._errors import GhostpoolError, leaves
 from ghostpool._lease import MountUsage
-from ghostpool._model import Ghost, Linked, MountHandle, RegId
+from ghostpool._model import Ghost, Linked, MountHandle, RegId, id_in_images
 from ghostpool._paths import text
 from ghostpool._planned import Opening, Plan, PlannedMount, Strategy
 from ghostpool._protocol import Found
@@ -76,6 +76,7 @@ class Report:
             "commands": [
                 {"task": task, "status": status} for task, status in sorted(self.commands)
             ],
+            "keys": _keys(plan) if plan else [],
             "warnings": list(plan.warnings) if plan else [],
             "of_dead_processes": of_dead_processes(plan) if plan else [],
             "refusals": [str(refusal) for refusal in plan.refusals] if plan else [],
@@ -142,6 +143,21 @@ def of_dead_processes(plan: Plan) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def _keys(plan: Plan) -> list[dict[str, Any]]:
+    """What tasks hold besides descriptors."""
+    return [
+        {
+            "task": task.task.pid,
+            "key": key.key,
+            "number": key.number,
+            "file": (file := id_in_images(key.reg_id)),
+            "path": text(plan.images.files[file].name),
+        }
+        for task in plan.tasks
+        for key in task.keys
+    ]
+
+
 def recommended(plan: Plan) -> Strategy:
     """What would change fewer mounts: a private clone wherever one can be made."""
     clones = any(planned.clone and planned.mount.read_only for planned in plan.mounts.values())
@@ -158,7 +174,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             opens.append(
                 {
                     "task": task.task.pid,
-                    "file": planned.opening.file.id,
+                    "file": id_in_images(planned.opening.file.id),
                     "ghost": None if link else planned.opening.ghost.id,
                     "link_remap": text(link.linked.hidden) if link else None,
                     "path": text(planned.opening.file.name),
@@ -183,6 +199,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "link_remaps": len(plan.links),
         "tasks": len(plan.images.tasks),
         "opens": opens,
+        "keys": _keys(plan),
         "mounts": [
             {
                 "namespace": planned.namespace.id,

@@ -207,10 +207,10 @@ class Restoration:
         opens = {planned_open.opening.file.id: planned_open for planned_open in planned.opens}
         if self._by_file is None:
             self._by_file = {one.opening.file.id: one for one in self.plan.opens}
-        for descriptor in planned.task.descriptors:
-            shared = self._by_file.get(descriptor.reg_id)
+        for reg in planned.held:
+            shared = self._by_file.get(reg)
             if shared is not None:
-                opens.setdefault(descriptor.reg_id, shared)
+                opens.setdefault(reg, shared)
         wanted = list(opens.values())
         foreign = set(self.plan.leases_for(self._opener.not_begun(wanted))) - set(planned.leases)
         if foreign:
@@ -375,3 +375,20 @@ class PoolTask:
         """
         await self.open_files()
         return self._restoration.restored.take(self.planned)
+
+    async def open_keys(self) -> dict[str, int]:
+        """The same for what the task holds besides descriptors: key to descriptor here.
+
+        Keys are `cwd`, `root`, `exe` and `map:<start>-<end>`, as in /proc/PID/maps; there are only
+        those of ghosts. Each is open with the flags that it had: keys, and numbers, that share a
+        descriptor had the same. A mapping is made of it anew; the offset is in the images.
+        """
+        if self.over:
+            raise RuntimeError(f"the block of task {self.pid} has been left")
+        await self._restoration.open_for(self.planned)
+        return self._restoration.restored.of_keys(self.planned)
+
+    async def take_keys(self) -> dict[str, int]:
+        """Like `open_keys`, but each key has a descriptor of its own, as with `take_fds`."""
+        await self.open_keys()
+        return self._restoration.restored.take_keys(self.planned)

@@ -10,7 +10,8 @@ import fcntl
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from ghostpool import _linux
 from ghostpool._errors import VerificationError
@@ -19,6 +20,7 @@ from ghostpool._model import MountHandle, Pid, RegId
 from ghostpool._paths import text
 from ghostpool._planned import Plan, PlannedTask
 
+_Name = TypeVar("_Name", int, str)
 _ABOVE = 3
 """Numbers below it are never given to a descriptor that somebody takes."""
 
@@ -41,9 +43,9 @@ class Restored:
         self.closed: bool = False
         self.complete: bool = False
         """Everything is open, put back and verified."""
-        self._taken: set[Pid] = set()
+        self._taken: set[tuple[Pid, str]] = set()
         self._wanted: Counter[RegId] | None = None
-        """How many numbers of tasks that nobody has taken lead to each reg file."""
+        """How many numbers and keys of tasks that nobody has taken lead to each reg file."""
 
     def of_task(self, planned: PlannedTask) -> dict[int, int]:
         """Number in the task to descriptor here; numbers that share one were dup'ed."""
@@ -53,43 +55,56 @@ class Restored:
             if descriptor.reg_id in self.fds
         }
 
+    def of_keys(self, planned: PlannedTask) -> dict[str, int]:
+        """What the task holds besides descriptors, by key: descriptor here, which some share."""
+        return {key.key: self.fds[key.reg_id] for key in planned.keys if key.reg_id in self.fds}
+
     def take(self, planned: PlannedTask) -> dict[int, int]:
         """As `of_task`, but each number has a descriptor of its own, which is the caller's.
 
         RuntimeError if it is done twice, or when they have been closed. OSError (EMFILE): nothing
         was taken.
         """
+        return self._take(planned, "descriptors", _numbers(planned))
+
+    def take_keys(self, planned: PlannedTask) -> dict[str, int]:
+        """As `of_keys`, but with a descriptor for each; raises what `take` does."""
+        return self._take(planned, "keys", _keys(planned))
+
+    def _take(
+        self, planned: PlannedTask, what: str, rows: Iterable[tuple[_Name, RegId]]
+    ) -> dict[_Name, int]:
         pid = planned.task.pid
         if self.closed:
             raise RuntimeError("the block of the restore has been left: everything is closed")
-        if pid in self._taken:
-            raise RuntimeError(f"the descriptors of task {pid} have been taken already")
-        numbers = [(number, reg) for number, reg in _numbers(planned) if reg in self.fds]
+        if (pid, what) in self._taken:
+            raise RuntimeError(f"the {what} of task {pid} have been taken already")
+        names = [(name, reg) for name, reg in rows if reg in self.fds]
         wanted = self._wanted_by_tasks()
-        mine = Counter(reg for _, reg in numbers)
+        mine = Counter(reg for _, reg in names)
         # Nobody else wants these. But until all is verified they are needed here.
         to_give = {reg for reg, count in mine.items() if self.complete and wanted[reg] == count}
-        own: dict[int, int] = {}
+        own: dict[_Name, int] = {}
         given: set[RegId] = set()
         try:
-            for number, reg in numbers:
+            for name, reg in names:
                 if reg in to_give and reg not in given:
                     given.add(reg)
-                    own[number] = self.fds[reg]
+                    own[name] = self.fds[reg]
                 else:
-                    own[number] = fcntl.fcntl(self.fds[reg], fcntl.F_DUPFD_CLOEXEC, _ABOVE)
+                    own[name] = fcntl.fcntl(self.fds[reg], fcntl.F_DUPFD_CLOEXEC, _ABOVE)
         except BaseException:
             _linux.close_all(set(own.values()) - {self.fds[reg] for reg in given})
             raise
         wanted.subtract(mine)
         for reg in given:
             del self.fds[reg]
-        self._taken.add(pid)
+        self._taken.add((pid, what))
         return own
 
     def _wanted_by_tasks(self) -> Counter[RegId]:
         if self._wanted is None:
-            self._wanted = Counter(reg for task in self.plan.tasks for _, reg in _numbers(task))
+            self._wanted = Counter(reg for task in self.plan.tasks for reg in task.held)
         return self._wanted
 
     def verify(self) -> None:
@@ -122,3 +137,7 @@ class Restored:
 
 def _numbers(planned: PlannedTask) -> Iterator[tuple[int, RegId]]:
     return ((one.number, one.reg_id) for one in planned.task.descriptors)
+
+
+def _keys(planned: PlannedTask) -> Iterator[tuple[str, RegId]]:
+    return ((one.key, one.reg_id) for one in planned.keys)

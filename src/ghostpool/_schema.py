@@ -33,7 +33,9 @@ _MESSAGES: Final = {
     "task_core_entry": "1 r uint32 task_state",
     "core_entry": "1 r int32 mtype, 3 o task_core_entry tc",
     "fs_entry": "1 r uint32 cwd_id, 2 r uint32 root_id",
-    "vma_entry": "1 r uint64 start, 2 r uint64 end, 4 r uint64 shmid, 7 r uint32 status",
+    "vma_entry": """
+        1 r uint64 start, 2 r uint64 end, 4 r uint64 shmid, 5 r uint32 prot, 6 r uint32 flags,
+        7 r uint32 status, 10 o uint32 fdflags""",
     "mm_entry": "12 r uint32 exe_file_id, 14 * vma_entry vmas",
     "fdinfo_entry": "1 r uint32 id, 2 r uint32 flags, 3 r int32 type, 4 r uint32 fd",
     "reg_file_entry": """

@@ -35,7 +35,7 @@ from ghostpool._errors import BarrierBroken, ConsumerLost
 from ghostpool._listener import Listener
 from ghostpool._model import Descriptor
 from ghostpool._needs import STRANGERS
-from ghostpool._planned import Opening, Plan, PlannedTask
+from ghostpool._planned import Opening, Plan, PlannedKey, PlannedTask
 from ghostpool._protocol import MAX_FDS
 
 log = logging.getLogger("ghostpool")
@@ -51,6 +51,7 @@ class PooledTask(Protocol):
     """What the block of a task gives."""
 
     async def open_files(self) -> Mapping[int, int]: ...
+    async def open_keys(self) -> Mapping[str, int]: ...
 
 
 class Pool(Protocol):
@@ -227,11 +228,11 @@ class TaskServer:
             group.start_soon(self._watch, fetching)
             if fetching.pid in self._empty:
                 # It has arrived, or is about to, whatever this one does.
-                await self._fetch(fetching, {})
+                await self._fetch(fetching, {}, {})
                 await anyio.sleep_forever()
             self._inside.add(fetching.pid)
             async with self._pool.task(fetching.pid) as task:
-                await self._fetch(fetching, await task.open_files())
+                await self._fetch(fetching, await task.open_files(), await task.open_keys())
                 self._stages[fetching.pid] = Stage.ARRIVED
             self._leave(fetching.pid)
             group.cancel_scope.cancel()
@@ -279,8 +280,7 @@ class TaskServer:
     # -- a consumer that was taken in -----------------------------------------------------------
 
     def _has_files(self, pid: int) -> bool:
-        descriptors = self._pool.tasks[pid].task.descriptors
-        return any(descriptor.reg_id in self._openings for descriptor in descriptors)
+        return any(reg in self._openings for reg in self._pool.tasks[pid].held)
 
     async def _arrive_alone(self, pid: int) -> None:
         if self._pool.has_entered(pid):
@@ -295,14 +295,22 @@ class TaskServer:
         if not self._inside:
             self._left.set()
 
-    async def _fetch(self, fetching: _Fetching, files: Mapping[int, int]) -> None:
+    async def _fetch(
+        self, fetching: _Fetching, files: Mapping[int, int], keys: Mapping[str, int]
+    ) -> None:
         """Send the files and wait for the ready, as long as it takes."""
-        descriptors = self._pool.tasks[fetching.pid].task.descriptors
-        rows = [descriptor for descriptor in descriptors if descriptor.number in files]
+        planned = self._pool.tasks[fetching.pid]
+        rows: list[Descriptor | PlannedKey] = [
+            row for row in planned.task.descriptors if row.number in files
+        ]
+        rows += [row for row in planned.keys if row.key in keys]
         try:
             for start in range(0, len(rows) or 1, MAX_FDS):
                 some = rows[start : start + MAX_FDS]
-                fds = [files[descriptor.number] for descriptor in some]
+                fds = [
+                    keys[row.key] if isinstance(row, PlannedKey) else files[row.number]
+                    for row in some
+                ]
                 documents = [self._row(row, fd) for row, fd in zip(some, fds, strict=True)]
                 more = start + MAX_FDS < len(rows)
                 message = {"type": "files", "files": documents, "more": more}
@@ -314,14 +322,17 @@ class TaskServer:
             self._lose(fetching, left)
         await fetching.ready.wait()
 
-    def _row(self, descriptor: Descriptor, fd: int) -> dict[str, object]:
-        opening = self._openings[descriptor.reg_id]
-        return {
-            "fd": descriptor.number,
+    def _row(self, row: Descriptor | PlannedKey, fd: int) -> dict[str, object]:
+        opening = self._openings[row.reg_id]
+        document: dict[str, object] = {
+            "fd": row.number,
             "flags": opening.file.flags,
             "offset": _offset(opening, fd),
-            "close_on_exec": descriptor.close_on_exec,
         }
+        if isinstance(row, PlannedKey):
+            # Who does not know keys has it at a number that the task does not use.
+            return document | {"close_on_exec": False, "key": row.key}
+        return document | {"close_on_exec": row.close_on_exec}
 
     async def _listen(self, fetching: _Fetching) -> None:
         """Hear what comes after the hello: one ready, or the end."""

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ghostpool._inspection import kind_of
+from ghostpool._model import id_in_images
 from ghostpool._paths import text
 from ghostpool._planned import Plan
 from ghostpool._report import facts_of, recommended
@@ -35,6 +36,13 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(files)
     for link in plan.links.values():
         console.print(f"opened by its link remap: {escape(text(link.linked.hidden))}")
+    keys = table("held besides descriptors", "task", "as", "file", "number for a command")
+    for task in plan.tasks:
+        for key in task.keys:
+            name = text(plan.images.files[id_in_images(key.reg_id)].name)
+            keys.add_row(str(task.task.pid), key.key, escape(name), str(key.number))
+    if keys.rows:
+        console.print(keys)
     leased = plan.leased
     mounts = table("mounts", "ns", "mount point", "options", "service side", "task side")
     for mount in plan.mounts.values():

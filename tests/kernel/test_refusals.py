@@ -363,22 +363,6 @@ def mapping() -> ImageSet:
     return made
 
 
-def working_directory() -> ImageSet:
-    made = one_ghost()
-    reg = made.reg("/data/sub/cwd", mode=stat.S_IFDIR | 0o755)
-    made.remap(reg, made.ghost(mode=stat.S_IFDIR | 0o755))
-    made.cwd(1, reg)
-    return made
-
-
-def executable() -> ImageSet:
-    made = one_ghost()
-    reg = made.reg("/data/sub/program", mode=0o100755, size=4)
-    made.remap(reg, made.ghost(b"\x7fELF", mode=0o100755))
-    made._task(1).exe = reg
-    return made
-
-
 def opened_for_writing() -> ImageSet:
     made = one_task()
     made.open(1, 3, "/data/sub/gone", ghost=made.ghost(b"content"), flags=O_RDWR)
@@ -390,12 +374,9 @@ GHOSTS: list[tuple[Callable[[], ImageSet], tuple[str, ...]]] = [
     (lambda: one_ghost(mode=0o104755), ("/data/sub/gone", "4755", "--allow-setuid")),
     (lambda: one_ghost(mode=0o102755), ("/data/sub/gone", "2755", "--allow-setuid")),
     (link_remap, ("/data/sub/gone", "link remap", "is not there on /data")),
-    (mapping, ("/data/sub/mapped", "task 1", "10000")),
-    (working_directory, ("/data/sub/cwd", "task 1", "cwd")),
-    (executable, ("/data/sub/program", "task 1", "exe")),
     (opened_for_writing, ("/data/sub/gone", "writing", "/data is read-only")),
 ]
-GHOST_IDS = ["device", "setuid", "setgid", "link", "mapping", "cwd", "exe", "writing"]
+GHOST_IDS = ["device", "setuid", "setgid", "link", "writing"]
 
 
 @pytest.mark.parametrize(("make", "words"), GHOSTS, ids=GHOST_IDS)

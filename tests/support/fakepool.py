@@ -108,6 +108,9 @@ class FakeTask:
         descriptors = self._pool.tasks[self._pid].task.descriptors
         return {descriptor.number: self._pool._fd for descriptor in descriptors}
 
+    async def open_keys(self) -> dict[str, int]:
+        return {key.key: self._pool._fd for key in self._pool.tasks[self._pid].keys}
+
 
 class Client:
     """A consumer that says what it is told to."""

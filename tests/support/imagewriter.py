@@ -357,16 +357,43 @@ class ImageSet:
         """Bytes that a fifo held, and how many it could hold."""
         self._fifo_data.append(record(message((1, pipe), (2, len(data)), (3, size)), data))
 
-    def map(self, pid: int, start: int, end: int, reg: int, *, status: int = 0x41) -> None:
-        """A mapping of a file; status 0x41 is a private one."""
+    def map(
+        self,
+        pid: int,
+        start: int,
+        end: int,
+        reg: int,
+        *,
+        status: int = 0x41,
+        prot: int = 1,
+        flags: int = 2,
+        fdflags: int | None = None,
+    ) -> None:
+        """A mapping of a file; status 0x41, and flags 2, is a private one."""
         vma = message(
-            (1, start), (2, end), (3, 0), (4, reg), (5, 1), (6, 2), (7, status), (8, zigzag(-1))
+            (1, start),
+            (2, end),
+            (3, 0),
+            (4, reg),
+            (5, prot),
+            (6, flags),
+            (7, status),
+            (8, zigzag(-1)),
+            (10, fdflags),
         )
         self._task(pid).vmas.append(vma)
 
     def cwd(self, pid: int, reg: int) -> None:
         """Make `reg` the working directory of the task."""
         self._task(pid).cwd = reg
+
+    def root(self, pid: int, reg: int) -> None:
+        """Make `reg` the root directory of the task."""
+        self._task(pid).root = reg
+
+    def exe(self, pid: int, reg: int) -> None:
+        """Make `reg` the program that the task executes."""
+        self._task(pid).exe = reg
 
     # ghosts and remaps
 

@@ -117,6 +117,7 @@ def facts() -> dict[str, Any]:
         "pid": os.getpid(),
         "task": os.environ.get("GHOSTPOOL_TASK"),
         "cloexec": os.environ.get("GHOSTPOOL_CLOEXEC"),
+        "keys": json.loads(os.environ.get("GHOSTPOOL_KEYS", "null")),
         "cwd": os.getcwd(),
         "mount_namespace": os.readlink("/proc/self/ns/mnt"),
         "mountinfo": mountinfo,

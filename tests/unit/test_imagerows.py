@@ -139,6 +139,10 @@ LIES: list[tuple[str, int, int, Any, str]] = [
     ("holders", 0, 1, "fd", "in no known way"),
     ("holders", 0, 1, "map:0-1\n", "in no known way"),
     ("holders", 0, 2, 1, "a reference to remapped file 1"),
+    ("holders", 0, 3, None, "with flags, or without"),
+    ("holders", 0, 3, 1 << 31, "is no number"),
+    ("holders", 0, 3, True, "a bool is no number"),
+    ("holders", 0, 1, "cwd", "with flags, or without"),
     ("fifos", 0, 0, 9999, "a reference to file 9999"),
     ("fifos", 0, 1, 1 << 63, "is no number"),
     ("fifos", 0, 2, U32, "is no number"),
@@ -158,6 +162,14 @@ def test_a_lie_is_refused(lie: tuple[str, int, int, Any, str]) -> None:
     with pytest.raises(ImageError) as caught:  # noqa: PT011  the two kinds of errors differ
         rebuilt(told)
     assert expected in caught.value.problem
+
+
+def test_a_key_is_one_file() -> None:
+    told = frames()
+    rows = told[index("holders")][1]
+    rows.append(rows[0])
+    with pytest.raises(ImageError, match="holds map:1000-2000 twice"):
+        rebuilt(told)
 
 
 def test_what_was_removed_must_be_openable_again() -> None:

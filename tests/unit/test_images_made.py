@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ghostpool._errors import ImageError
 from ghostpool._images import read_images
 from ghostpool._model import HOST_NS, NsId, RegId
 from tests.support.corpus import content
@@ -86,10 +87,46 @@ def test_holders(tmp_path: Path) -> None:
     made.remap(gone, made.ghost(mode=0o40755))
     made.cwd(1, gone)
     (task,) = read_images(made.write(tmp_path)).tasks
-    assert [(holder.key, holder.reg_id) for holder in task.holders] == [
-        ("cwd", gone),
-        ("map:1000-2000", mapped),
+    assert [(holder.key, holder.reg_id, holder.flags) for holder in task.holders] == [
+        ("cwd", gone, None),
+        ("map:1000-2000", mapped, os.O_RDONLY),
     ]
+
+
+@pytest.mark.parametrize(
+    ("prot", "flags", "told", "expected"),
+    [
+        (1, 1, None, os.O_RDONLY),
+        (3, 1, None, os.O_RDWR),
+        (2, 1, None, os.O_RDWR),
+        (3, 2, None, os.O_RDONLY),
+        (3, 1, os.O_RDONLY, os.O_RDONLY),
+        (1, 1, os.O_RDWR, os.O_RDWR),
+    ],
+)
+def test_flags_of_mappings(
+    tmp_path: Path, prot: int, flags: int, told: int | None, expected: int
+) -> None:
+    """What the image says, or what such a mapping takes."""
+    made = small()
+    mapped = made.reg("/data/mapped", flags=0, size=3)
+    made.remap(mapped, made.ghost(b"abc"))
+    made.map(1, 0x1000, 0x2000, mapped, prot=prot, flags=flags, fdflags=told)
+    (holder,) = read_images(made.write(tmp_path)).tasks[0].holders
+    assert holder.flags == expected
+
+
+@pytest.mark.parametrize(
+    ("second", "words"), [(0, "repeats map:1000-2000"), (1 << 31, "are no open flags")]
+)
+def test_mappings_that_can_not_be(tmp_path: Path, second: int, words: str) -> None:
+    made = small()
+    mapped = made.reg("/data/mapped", flags=0, size=3)
+    made.remap(mapped, made.ghost(b"abc"))
+    made.map(1, 0x1000, 0x2000, mapped, fdflags=second)
+    made.map(1, 0x1000, 0x2000, mapped)
+    with pytest.raises(ImageError, match=words):
+        read_images(made.write(tmp_path))
 
 
 def test_a_fifo_is_reached_through_its_reg_file(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ LAYERS = [
     "_guard _mend",
     "_pool _serve",
     "_barrier _lease _memory _plan",
+    "_keys",
     "_admission _holders _inspection _lease_table _linkremaps _room _slots",
     "_ownership",
     "_claims _listener _needs _planned",
