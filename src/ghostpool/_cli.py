@@ -232,7 +232,7 @@ def plan(**options: Any) -> None:
             from ghostpool._show import show_plan
 
             show_plan(report.plan)
-        report.status = EXIT_REFUSED if report.plan.refusals else 0
+        report.status = EXIT_REFUSED if report.plan.refusals else 0  # skipped: see finish
     elif options["as_json"]:
         write_report(report, "-")
     finish(report, None, quiet=True)

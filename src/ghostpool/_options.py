@@ -116,6 +116,13 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="Make a task's read-only mount writable, or work on a private clone of it.",
             ),
             click.option(
+                "--on-error",
+                type=click.Choice(["refuse", "skip"]),
+                default="refuse",
+                show_default=True,
+                help="Refuse all if a file can not be restored, or restore the others.",
+            ),
+            click.option(
                 "--allow-devices", is_flag=True, help="Restore character and block devices."
             ),
             click.option("--allow-setuid", is_flag=True, help="Restore setuid and setgid files."),
@@ -164,6 +171,7 @@ def make_request(options: dict[str, Any], reading: Any, keep: bool = False) -> A
         allow_setuid=options["allow_setuid"],
         max_size=options["max_size"],
         strategy=options["strategy"],
+        on_error=options["on_error"],
         memory_limit=options.get("memory_limit"),
         consume_link_remaps=options.get("consume_link_remaps", False),
     )

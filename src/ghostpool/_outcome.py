@@ -15,6 +15,7 @@ from ghostpool._errors import PlanError, RestoreError, RevertError, leaves
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_NEEDS_USER = 3
+EXIT_SKIPPED = 4
 EXIT_INTERRUPTED = 130
 
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
@@ -129,12 +130,17 @@ def finish(report: Any, path: str | None, *, quiet: bool = False) -> NoReturn:
     """
     if report.error is None and report.commands:
         report.status = max(status for _, status in report.commands)
+    skipped = report.plan.skipped if report.plan is not None and report.error is None else []
+    if skipped:
+        report.status = report.status or EXIT_SKIPPED
     write_report(report, path)
     warnings = report.plan.warnings if report.plan is not None and not quiet else []
     # A refusal is one line: what would not have been perfect either is for -v.
     level = logging.INFO if report.status == EXIT_REFUSED else logging.WARNING
     for line in [*warnings, *report.left]:
         log.log(level, "%s", line)
+    for refusal in () if quiet else skipped:
+        log.warning("skipped: %s", refusal)
     if report.error is not None:
         click.echo(f"ghostpool: {explain(report.error)}", err=True)
     sys.exit(report.status)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
 from typing import NamedTuple
@@ -47,6 +47,7 @@ from ghostpool._model import (
     RegFile,
     RegId,
     Remap,
+    id_in_images,
     maker,
 )
 from ghostpool._mountinfo import LiveMount
@@ -153,9 +154,20 @@ class Planner:
         """Hidden names of link remaps (mount, directory inside it, name), to be found."""
         return self._links.places
 
-    def refuse(self, subject: str, error: GhostpoolError) -> None:
-        """Note why something can not be restored."""
-        self._plan.refusals.append(Refusal(subject, error))
+    def refuse(self, subject: str, error: GhostpoolError, files: Iterable[RegId] = ()) -> None:
+        """Note why something can not be restored; without these files, the rest could be."""
+        known = dict.fromkeys(map(id_in_images, files))
+        self._plan.refusals.append(Refusal(subject, error, tuple(known)))
+
+    def refuse_mount(self, planned: PlannedMount, error: GhostpoolError) -> None:
+        """Likewise for all that is opened on a mount."""
+        files = (
+            opening.file.id
+            for (handle, _), openings in self._wanted.items()
+            if handle == planned.handle
+            for opening in openings
+        )
+        self.refuse(planned.label, error, files)
 
     def _collect(self) -> None:
         files = self._images.files
@@ -168,7 +180,7 @@ class Planner:
             try:
                 self._collect_one(remap, file, held)
             except GhostpoolError as error:
-                self.refuse(f"{text(file.name)} (file id {file.id})", error)
+                self.refuse(f"{text(file.name)} (file id {file.id})", error, [file.id])
         self._list_privileged()
         self._plan.warnings += [
             f"{text(name)}: a bound UNIX socket whose name is gone is not restored yet"
@@ -336,7 +348,8 @@ class Planner:
         owned = self._ownership if self._ownership.needed else None
         for opening, link in self._links.resolve(found):
             if isinstance(link, PlanError):
-                self.refuse(f"{text(opening.file.name)} (file id {opening.file.id})", link)
+                number = opening.file.id
+                self.refuse(f"{text(opening.file.name)} (file id {number})", link, [number])
             else:
                 self._openings[opening.file.id] = opening
                 self._plan.links[link.linked.id] = link
@@ -349,7 +362,7 @@ class Planner:
                     owned.settle(openings)
             except GhostpoolError as error:
                 names = ", ".join(sorted({text(o.file.name) for o in openings}))
-                self.refuse(names, error)
+                self.refuse(names, error, [o.file.id for o in openings])
         self._first.clear()
         self._note_owners()
         if not self._plan.refusals:
@@ -549,7 +562,7 @@ class Planner:
                     try:
                         opens.append(self._plan_open(opening, placed[opening.ghost.id], looks))
                     except GhostpoolError as error:
-                        self.refuse(text(opening.file.name), error)
+                        self.refuse(text(opening.file.name), error, [opening.file.id])
             leases = self._plan.leases_for(opens)
             self._plan.tasks.append(PlannedTask(task, tuple(opens), tuple(sorted(leases)), keys))
 

@@ -40,6 +40,9 @@ Strategy = Literal["remount", "detached"]
 """How a task's read-only mount takes the old name of a ghost: it is made writable for that long, or
 the name is made through its private writable clone and only opened through the mount itself."""
 
+OnError = Literal["refuse", "skip"]
+"""What comes of files that can not be restored: all is refused, or they are left out."""
+
 Files = Literal["held", "kept", "discarded"]
 """What becomes of a file that was opened: its descriptor is held for whoever takes it; or the file
 stays by name, for nobody in particular; or it was only to be opened."""
@@ -62,6 +65,7 @@ class Policy(NamedTuple):
     own_owner: bool = False
     """Give every ghost to the restoring user: for user namespaces that map one id."""
     strategy: Strategy = "remount"
+    on_error: OnError = "refuse"
     mapped: Callable[[int, int], bool] = lambda uid, gid: True
     """Whether this process's user namespace has such an owner."""
     pipe_limit: Callable[[], int] = pipe_limit
@@ -345,6 +349,9 @@ class Refusal(NamedTuple):
 
     subject: str
     error: GhostpoolError
+    files: tuple[RegId, ...] = ()
+    """Ids of the open files of the images without which the rest could be restored; none: it is
+    about more than single files."""
 
     def __str__(self) -> str:
         return f"{self.subject}: {self.error}"
@@ -388,6 +395,8 @@ class Plan:
     tasks: list[PlannedTask] = field(default_factory=list)
     privileged: list[Privileged] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    skipped: list[Refusal] = field(default_factory=list)
+    """What is not restored, because `on_error` is "skip"; `images` are without it."""
     warnings: list[str] = field(default_factory=list)
 
     @property

@@ -155,6 +155,13 @@ class WorkerPool:
                 if self._slots[slot] is not None:
                     group.start_soon(self._stop, slot)
 
+    async def forget_mounts(self) -> None:
+        """Close all mounts, and end the workers that have them: others will have their numbers."""
+        await unbroken(self.stop)
+        _linux.close_all(self.mounts.values())
+        self.mounts.clear()
+        self.labels.clear()
+
     async def _stop(self, slot: int) -> None:
         async with self._locks[slot]:
             worker, self._slots[slot] = self._slots[slot], None

@@ -10,7 +10,7 @@ from ghostpool._errors import GhostpoolError, leaves
 from ghostpool._lease import MountUsage
 from ghostpool._model import Ghost, Linked, MountHandle, RegId, id_in_images
 from ghostpool._paths import text
-from ghostpool._planned import Opening, Plan, PlannedMount, Strategy
+from ghostpool._planned import Opening, Plan, PlannedMount, Refusal, Strategy
 from ghostpool._protocol import Found
 
 SCHEMA = 1
@@ -80,6 +80,7 @@ class Report:
             "warnings": list(plan.warnings) if plan else [],
             "of_dead_processes": of_dead_processes(plan) if plan else [],
             "refusals": [str(refusal) for refusal in plan.refusals] if plan else [],
+            "skipped": [_refusal_document(refusal) for refusal in plan.skipped] if plan else [],
             "consumed_link_remaps": self.consumed,
             "left": self.left,
             "errors": [error_document(leaf) for leaf in leaves(self.error)],
@@ -158,6 +159,13 @@ def _keys(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
+def _refusal_document(refusal: Refusal) -> dict[str, Any]:
+    document = {"subject": refusal.subject, **error_document(refusal.error)}
+    if refusal.files:
+        document["files"] = list(refusal.files)
+    return document
+
+
 def recommended(plan: Plan) -> Strategy:
     """What would change fewer mounts: a private clone wherever one can be made."""
     clones = any(planned.clone and planned.mount.read_only for planned in plan.mounts.values())
@@ -224,8 +232,6 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         ],
         "warnings": plan.warnings,
         "of_dead_processes": of_dead_processes(plan),
-        "refusals": [
-            {"subject": refusal.subject, **error_document(refusal.error)}
-            for refusal in plan.refusals
-        ],
+        "refusals": [_refusal_document(refusal) for refusal in plan.refusals],
+        "skipped": [_refusal_document(refusal) for refusal in plan.skipped],
     }

@@ -9,7 +9,7 @@ from typing import TypedDict
 from ghostpool._followers import EventSink
 from ghostpool._limits import Limits
 from ghostpool._model import NsId
-from ghostpool._planned import Policy, Strategy
+from ghostpool._planned import OnError, Policy, Strategy
 from ghostpool._run import Request
 from ghostpool._stall import STALL_S
 from ghostpool._userns import maps_owner
@@ -44,6 +44,9 @@ class Options(TypedDict, total=False):
     """How read-only mounts take the old names: "remount" makes the task's own mount writable for
     that long, "detached" does all but the opening through a private clone (Linux 5.12), and the
     mount never changes. "remount" if it is not given."""
+    on_error: OnError
+    """What comes of files that can not be restored: "refuse" rules all out, "skip" leaves them out,
+    and they are in `Plan.skipped`. "refuse" if it is not given."""
     memory_limit: int | None
     """Bytes that this process and its children may take before further work waits."""
     stall_s: float
@@ -80,6 +83,7 @@ def request_of(images: str | os.PathLike[str], options: Options, *, keep: bool =
             allow_setuid=options.get("allow_setuid", False),
             keep=keep,
             strategy=options.get("strategy", "remount"),
+            on_error=options.get("on_error", "refuse"),
             consume_link_remaps=options.get("consume_link_remaps", False),
             mapped=maps_owner(),
         ),

@@ -59,6 +59,8 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(f"privileged: {escape(str(privileged))}", soft_wrap=True)
     for warning in plan.warnings:
         console.print(f"warning: {escape(warning)}", soft_wrap=True)
+    for refusal in plan.skipped:
+        console.print(f"skipped: {escape(str(refusal))}", soft_wrap=True)
     for refusal in plan.refusals:
         console.print(f"refused: {escape(str(refusal))}", soft_wrap=True)
     if not plan.refusals:

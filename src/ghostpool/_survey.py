@@ -24,9 +24,10 @@ from ghostpool._model import Images, MountHandle, NsId
 from ghostpool._mounttable import MountTable
 from ghostpool._paths import text
 from ghostpool._plan import Planner
-from ghostpool._planned import Plan, PlannedMount, Policy
+from ghostpool._planned import Plan, PlannedMount, Policy, Refusal
 from ghostpool._pool import WorkerPool
 from ghostpool._protocol import Failure, Found, Look, MountFacts, Room
+from ghostpool._skipping import without
 from ghostpool._targets import Target
 from ghostpool._workerclient import WorkerFailure
 
@@ -67,7 +68,26 @@ class Survey:
             number: Namespace(number, target, tables[target.index])
             for number, target in targets.items()
         }
+        skipped: list[Refusal] = []
+        while True:
+            plan = await self._plan(namespaces, token)
+            if self._policy.on_error == "refuse" or not plan.refusals:
+                break
+            files = {number for refusal in plan.refusals for number in refusal.files}
+            less = without(self._images, files)
+            if len(less.remaps) == len(self._images.remaps) or not all(
+                refusal.files for refusal in plan.refusals
+            ):
+                break  # it is about more than files, so without some nothing would be better
+            skipped += plan.refusals
+            self._images = less
+            # A plan numbers its mounts anew.
+            await self._pool.forget_mounts()
+            self.identities.clear()
+        plan.skipped += skipped
+        return plan
 
+    async def _plan(self, namespaces: Mapping[NsId, Namespace], token: bytes) -> Plan:
         def begin() -> Planner:
             planner = Planner(self._images, namespaces, self._policy, token)
             planner.add_bases()
@@ -99,7 +119,7 @@ class Survey:
 
     async def _open_batch(self, planner: Planner, mounts: list[PlannedMount]) -> None:
         for planned, error in await open_mounts(self._pool, mounts, self.identities):
-            planner.refuse(planned.label, error)
+            planner.refuse_mount(planned, error)
         await self._clone(planner, [planned for planned in mounts if planned.mount.read_only])
 
     async def _clone(self, planner: Planner, mounts: list[PlannedMount]) -> None:
@@ -131,7 +151,7 @@ class Survey:
                 # Unbindable, or Linux before 5.12: the mount's own lease does for both sides.
                 planned.clone = False
             else:
-                planner.refuse(planned.label, _clone_error(*failure))
+                planner.refuse_mount(planned, _clone_error(*failure))
 
     async def _look(self, planner: Planner) -> dict[tuple[MountHandle, bytes], Look]:
         mounts = {planned.handle: planned for planned in planner.mounts}

@@ -48,7 +48,7 @@ LAYERS = [
     "_match _owners _sandbox _workerclient",
     "_namespaces _process _reader _reading _rundir _targets",
     "_images _rebuild _startreader _userns",
-    "_imagerows _remaps",
+    "_imagerows _remaps _skipping",
     "_archive _filetable _ghostfile",
     "_imagemounts",
     "_channel _consumer _imagefile _launch _stall _tar",
