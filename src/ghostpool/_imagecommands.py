@@ -116,8 +116,8 @@ def inspect(**options: Any) -> None:
 def extract(**options: Any) -> None:
     """Write the contents of ghost files into DIR, with their holes, and a manifest.
 
-    IMAGES is the directory of the images. What is no regular file is in the manifest only. Needs
-    no privilege besides reading the images.
+    IMAGES is the directory of the images, or a checkpoint archive. What is no regular file is in
+    the manifest only. Needs no privilege besides reading the images.
     """
     from ghostpool._extract import MANIFEST
     from ghostpool._extract import extract as extract_ghosts

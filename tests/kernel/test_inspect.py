@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import anyio
 import pytest
 
+from ghostpool import read_images
+from ghostpool._inspection import inspection
+from tests.support.archives import PACKED, packed
 from tests.support.corpus import CORPUS
 from tests.support.imagewriter import head, small
 from tests.support.ordinary import ordinary_user
@@ -43,6 +48,30 @@ def test_what_can_not_be_read_is_one_line(tmp_path: Path) -> None:
         done = ghostpool("inspect", *usage)
         assert done.returncode == 2
         assert "exclude each other" in done.stderr
+
+
+@pytest.mark.parametrize("case", ["05-link-remap", "08-mmap"])
+@pytest.mark.parametrize("how", PACKED)
+def test_of_archives(how: str, case: str, tmp_path: Path) -> None:
+    """The same as of the directory, but for its name."""
+    images = CORPUS / case / "images"
+    archive = packed(images, how, tmp_path / "archive")
+
+    async def read(path: Path) -> dict[str, Any]:
+        return inspection(await read_images(path))
+
+    found, expected = (anyio.run(read, path, backend="trio") for path in (archive, images))
+    assert found == {**expected, "images": str(archive)}
+
+
+@pytest.mark.needs_mount_ns
+def test_of_an_archive_as_an_ordinary_user(tmp_path: Path) -> None:
+    archive = packed(IMAGES, "podman", tmp_path / "archive")
+    tmp_path.chmod(0o755)
+    with ordinary_user(tmp_path) as user:
+        done = ghostpool("inspect", archive, prefix=user)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "4 tasks, 9 ghosts" in done.stdout
 
 
 @pytest.mark.needs_mount_ns
