@@ -21,6 +21,7 @@ from tests.support.crash import coordinate, journals
 from tests.support.imagewriter import ghosts_on
 from tests.support.live import Live, live, read_only, tmpfs
 from tests.support.restore import fetched, ghostpool, serving
+from tests.support.usernamespaces import container
 
 pytestmark = pytest.mark.needs_mount_ns
 
@@ -234,6 +235,15 @@ def test_while_criu_is_running_its_names_are_its_own() -> None:
         reasons = {one["reason"] for one in document["leftovers"] if one["state"] == "kept"}
         assert reasons == {f"criu is running (process {criu.pid}), and may have made it"}
         assert {*states(clean(target, "--yes")[1]).values()} == {"removed", "kept"}
+
+
+def test_in_a_container_with_a_user_namespace() -> None:
+    """On a file system that is its own, with owners that only it has."""
+    left = Node(b"/data/a.cr_link", stat.S_IFREG | 0o600, uid=1000, gid=1000, data=b"1234")
+    with container(tmpfs(2, b"/data", nodes=(left,))) as target:
+        assert states(clean(target)[1]) == {"/data/a.cr_link": "found"}
+        assert states(clean(target, "--yes")[1]) == {"/data/a.cr_link": "removed"}
+        assert names_in(target, "/data") == set()
 
 
 def test_a_file_that_takes_the_name_meanwhile() -> None:

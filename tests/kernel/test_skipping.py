@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,34 @@ def test_the_status_of_commands_comes_first(tmp_path: Path) -> None:
         for status, expected in ((0, 4), (7, 7)):
             done = ghostpool("restore", *where, "/bin/sh", "-c", f"exit {status}")
             assert done.returncode == expected, done.stderr
+
+
+def test_link_remaps_and_what_is_held_without_a_descriptor(tmp_path: Path) -> None:
+    """A hidden name that is gone, one that is there and is not consumed for the other's sake, and a
+    mapping of what can not be restored."""
+    made = ImageSet()
+    made.mount("/")
+    made.mount("/data", flags=0x200000)
+    made.task(1)
+    gone, there = (made.open(1, number, f"/data/l{number}", mode=0o100644) for number in (3, 4))
+    made.link(gone, "/data")
+    hidden = made.link(there, "/data")
+    good = made.open(1, 5, "/data/good", ghost=made.ghost(b"good"))
+    null = made.open(1, 6, "/data/null", ghost=made.ghost(mode=0o020666, rdev=0x103))
+    made.map(1, 0x1000, 0x2000, good)
+    made.map(1, 0x3000, 0x4000, null)
+    mount = tmpfs(2, b"/data")
+    node = Node(f"/data/link_remap.{hidden}".encode(), stat.S_IFREG | 0o644, data=b"linked")
+    with live([mount._replace(nodes=(node,))]) as (target,):
+        where = ("-D", made.write(tmp_path), "-t", target.pid, "--on-error=skip", "--json")
+        done = ghostpool("plan", *where)
+        assert done.returncode == 4, done.stderr
+        document = json.loads(done.stdout)
+        assert sorted(one["files"] for one in document["skipped"]) == [[gone], [null]]
+        done = ghostpool("restore", *where, "--discard")
+        assert done.returncode == 4, done.stderr
+        names = os.listdir(f"/proc/{target.pid}/root/data")
+        assert names == [f"link_remap.{hidden}"]
 
 
 def test_images_without_some_files(tmp_path: Path) -> None:
