@@ -41,6 +41,7 @@ KEPT_MAX: Final = 96 << 20
 _EACH: Final = 600
 """What it takes to keep one, besides its bytes."""
 _MARK: Final = "inventory.img"
+_DEVSHM: Final = "devshm-checkpoint.tar"
 _GHOST: Final = re.compile(r"ghost-file-[0-9a-f]+\.img")
 _KEPT: Final = re.compile(r"(?!pages-)[a-z]+(-[a-z]+)*(-[0-9a-f]+)?\.img")
 _BLOB: Final = re.compile(rb"(?:\./)?blobs/[a-z0-9]+/[0-9a-f]+")
@@ -109,7 +110,15 @@ Found = dict[str, tuple[Member, Kept | None]]
 class ArchiveSource:
     """The images of one dump in an archive, as an ImageSource."""
 
-    def __init__(self, path: str, fd: int, steps: tuple[Step, ...], found: Found) -> None:
+    def __init__(
+        self,
+        path: str,
+        fd: int,
+        steps: tuple[Step, ...],
+        found: Found,
+        devshm: Member | None = None,
+    ) -> None:
+        self._devshm = devshm
         self.steps = steps
         """What has to be unpacked until the positions of `place` are those of the bytes."""
         self._path = path
@@ -148,6 +157,12 @@ class ArchiveSource:
     def expect(self, names: list[str]) -> None:
         pass
 
+    def devshm(self) -> tuple[OpenImage | None, int]:
+        """The archive of /dev/shm beside the images, and where it lies; of what is packed none."""
+        if self._devshm is None or self.steps:
+            return None, 0
+        return _Lying(self._fd, self._devshm.at, self._devshm.size), self._devshm.at
+
     def place(self, name: str) -> int:
         """Position of the image `name` in what is unpacked."""
         return self._found[name][0].at
@@ -178,6 +193,8 @@ class _Scan:
         self._going_on = going_on
         self._found: dict[tuple[tuple[Step, ...], str, str], Found] = {}
         """By the archive that they are in, its name and the directory in it."""
+        self._shm: dict[tuple[tuple[Step, ...], str, str], Member] = {}
+        """Archives of /dev/shm, likewise."""
         self._names = 0
         self._kept = 0
 
@@ -191,7 +208,11 @@ class _Scan:
             raise ImageError(
                 self._path, None, f"holds the images of {len(dumps)} dumps, in {where}"
             )
-        return ArchiveSource(self._path, self._fd, dumps[0][0], self._found[dumps[0]])
+        (dump,) = dumps
+        steps, _, directory = dump
+        above = directory.rpartition("/")[0]
+        devshm = next((s for d in (directory, above) if (s := self._shm.get((*dump[:2], d)))), None)
+        return ArchiveSource(self._path, self._fd, steps, self._found[dump], devshm)
 
     def look(self, stream: Stream, steps: tuple[Step, ...], inside: str | None = None) -> None:
         """Look through the archive that the stream is; `inside`: the blob that it is in."""
@@ -228,6 +249,8 @@ class _Scan:
         *above, name = [p for p in os.fsdecode(member.name).split("/") if p not in ("", ".")] or [
             ""
         ]
+        if name == _DEVSHM and member.kind == "file":
+            self._shm[steps, inside, "/".join(above)] = member
         if not name.endswith(".img") or ".." in above:
             return
         found = self._found.setdefault((steps, inside, "/".join(above)), {})

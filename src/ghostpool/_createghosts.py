@@ -56,12 +56,17 @@ class Creator:
         # What the plan saw may have been replaced since: look directories up anew.
         await self._pool.call(slot, "forget_directories")
         ghosts.sort(key=lambda planned: planned.mount.namespace.target.index)
-        await one_ahead(
-            new_room(),
-            batches(ghosts, _BATCH, content_of, _BYTES),
-            partial(self._prepare, slot),
-            partial(self._create_batch, slot),
-        )
+        shm = self._plan.devshm
+        archived = [planned for planned in ghosts if planned.ghost.id in shm] if shm else []
+        if archived:
+            ghosts = [planned for planned in ghosts if planned.ghost.id not in shm]
+        for source, some in (self._pool.images, ghosts), (self._pool.devshm, archived):
+            await one_ahead(
+                new_room(),
+                batches(some, _BATCH, content_of, _BYTES),
+                partial(self._prepare, slot),
+                partial(self._create_batch, slot, source),
+            )
         # An outer directory has its name before an inner one is moved into it.
         directories = sorted((g for g in ghosts if g.final), key=lambda g: g.depth)
         for planned in directories:
@@ -69,11 +74,14 @@ class Creator:
 
     async def _prepare(self, slot: int, ghosts: Sequence[PlannedGhost]) -> list[tuple[Any, ...]]:
         await self._ledger.creating(ghosts, slot)
+        if self._plan.devshm and ghosts[0].ghost.id in self._plan.devshm:
+            return [tuple(self._create_op(planned)._replace(image=b"")) for planned in ghosts]
         return [tuple(self._create_op(planned)) for planned in ghosts]
 
     async def _create_batch(
         self,
         slot: int,
+        source: int,
         ghosts: Sequence[PlannedGhost],
         operations: list[tuple[Any, ...]],
         sent: Callable[[], object],
@@ -85,7 +93,7 @@ class Creator:
                 operations,
                 target=ghosts[0].mount.namespace.target.index,
                 mounts={planned.mount.service for planned in ghosts},
-                fds=[self._pool.images],
+                fds=[source],
                 sent=sent,
             )
         except WorkerFailure as error:

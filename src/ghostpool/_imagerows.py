@@ -37,6 +37,7 @@ KINDS: Final = (
     "extents",
     "fifos",
     "sockets",
+    "devshm",
     "end",
 )
 """In the order in which they come; one kind may take many frames. What takes long to read comes
@@ -91,6 +92,12 @@ class Telling:
         self._tell("extents", _further_extents(images))
         self._tell("fifos", ([reg, *data] for reg, data in images.fifo_data.items()))
         self._tell("sockets", map(_plain, images.deleted_sockets))
+        if images.devshm is not None:
+            files = images.devshm.values()
+            self._tell("devshm", ([_plain(file.name), *file[1:]] for file in files))
+            if not files:  # that there is nothing in it is something else than no archive
+                self._flush()
+                self._say("devshm", [])
         self._flush()
         self._say("end", [])
 

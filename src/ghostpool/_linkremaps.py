@@ -14,15 +14,25 @@ import stat
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from ghostpool._errors import PlanError
+from ghostpool._admission import check_ghost
+from ghostpool._errors import PlanError, UnsupportedError
 from ghostpool._match import Matcher
-from ghostpool._model import GhostId, Linked, MountHandle, RegFile
+from ghostpool._model import (
+    Extent,
+    GhostId,
+    Linked,
+    MountHandle,
+    RegFile,
+    ShmFile,
+    ShmGhost,
+)
 from ghostpool._paths import is_below, text
 from ghostpool._planned import Opening, PlannedLink, PlannedMount, Policy
 from ghostpool._protocol import Found
 
 _IDS: Final = 1 << 32
 """Ids of ghosts are below it."""
+_DEV_SHM: Final = b"/dev/shm"
 _OPENED: Final = frozenset((stat.S_IFREG, stat.S_IFIFO, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK))
 _DEVICES: Final = frozenset((stat.S_IFCHR, stat.S_IFBLK))
 
@@ -44,7 +54,13 @@ class _Wanted(NamedTuple):
 class LinkRemaps:
     """The link remaps of one plan: which names are to be found, and what is made of them."""
 
-    def __init__(self, matcher: Matcher, policy: Policy) -> None:
+    def __init__(
+        self, matcher: Matcher, policy: Policy, devshm: Mapping[bytes, ShmFile] | None
+    ) -> None:
+        """`devshm`: what is in the archive of a container's /dev/shm, if there is one."""
+        self._devshm = devshm
+        self._made: dict[tuple[int, int], ShmGhost] = {}
+        """By superblock and position in the archive: names of one file lead to one ghost."""
         self._matcher = matcher
         self._policy = policy
         self._wanted: list[_Wanted] = []
@@ -88,9 +104,9 @@ class LinkRemaps:
 
     def resolve(
         self, found: Mapping[Place, Found]
-    ) -> list[tuple[Opening, PlannedLink | PlanError]]:
-        """Each open with what is there by now, or why it can not be opened so."""
-        resolved: list[tuple[Opening, PlannedLink | PlanError]] = []
+    ) -> list[tuple[Opening, PlannedLink | ShmGhost | PlanError]]:
+        """Each open with what is there by now, or is made, or why it can not be opened so."""
+        resolved: list[tuple[Opening, PlannedLink | ShmGhost | PlanError]] = []
         for wanted in self._wanted:
             try:
                 resolved.append(self._resolve(wanted, found[wanted.place]))
@@ -98,11 +114,14 @@ class LinkRemaps:
                 resolved.append((wanted.opening, error))
         return resolved
 
-    def _resolve(self, wanted: _Wanted, found: Found) -> tuple[Opening, PlannedLink]:
+    def _resolve(self, wanted: _Wanted, found: Found) -> tuple[Opening, PlannedLink | ShmGhost]:
         opening, file = wanted.opening, wanted.opening.file
         linked = opening.ghost
         assert isinstance(linked, Linked)
         if found.errno == errno.ENOENT:
+            made = self._anew(wanted)
+            if made is not None:
+                return opening._replace(ghost=made), made
             raise PlanError(self._missing(opening, linked))
         where = text(linked.hidden)
         if found.errno:
@@ -127,6 +146,40 @@ class LinkRemaps:
         planned = PlannedLink(linked, opening.mount, wanted.directory, found)
         return opening._replace(ghost=linked), planned
 
+    def _anew(self, wanted: _Wanted) -> ShmGhost | None:
+        """What the archive of /dev/shm has of it, as a ghost. PlanError."""
+        opening, file = wanted.opening, wanted.opening.file
+        mount = opening.mount
+        if self._devshm is None or mount.mount.mountpoint != _DEV_SHM or wanted.directory:
+            return None
+        archived = self._devshm.get(wanted.name)
+        if archived is None:
+            return None
+        if mount.namespace.target.ids is not None:
+            raise UnsupportedError(
+                "its file is in the archive of /dev/shm, whose owners are not translated into a "
+                "user namespace yet"
+            )
+        if file.mode is not None and file.mode != archived.mode:
+            raise PlanError(
+                f"files.img says mode {file.mode:o}, the archive of /dev/shm {archived.mode:o}"
+            )
+        if file.size is not None and file.size != archived.size:
+            raise PlanError(
+                f"files.img says {file.size} bytes, the archive of /dev/shm {archived.size}"
+            )
+        key = mount.mount.device, archived.position
+        made = self._made.get(key)
+        if made is None:
+            times, size = (archived.mtime, archived.mtime), archived.size
+            extents = (Extent(0, size, archived.position),) if size else ()
+            ident = GhostId((_IDS << 1) + len(self._made))
+            owner = archived.uid, archived.gid
+            made = ShmGhost(ident, archived.mode, *owner, *times, size, extents)
+            check_ghost(made, self._policy)
+            self._made[key] = made
+        return made
+
     def _missing(self, opening: Opening, linked: Linked) -> str:
         what, remedy = self._supply(opening.file, opening.mount)
         return (
@@ -141,6 +194,13 @@ class LinkRemaps:
         what = "a tmpfs" if mount.mount.fstype == "tmpfs" else f"of type {mount.mount.fstype}"
         if key is not None:
             what += f", external in the images ({key})"
+        if mount.mount.mountpoint == _DEV_SHM:
+            if self._devshm is not None:
+                return what, "nor in the archive that --devshm names: is it of the same dump?"
+            return what, (
+                "--devshm FILE supplies it, where the runtime has saved /dev/shm beside the images "
+                "(devshm-checkpoint.tar); or restore where that file system is mounted"
+            )
         if mount.namespace.target.enter is not None:
             return what, "restore where that file system is mounted"
         if key is not None or mount.mount.fstype != "tmpfs":

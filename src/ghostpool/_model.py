@@ -115,6 +115,33 @@ class Ghost(NamedTuple):
         return ghost_file_name(self.id)
 
 
+class ShmFile(NamedTuple):
+    """A link remap in the archive of a container's /dev/shm, and where in it the content lies."""
+
+    name: bytes
+    """Relative to /dev/shm."""
+    mode: int
+    """Full st_mode, of a regular file."""
+    uid: int
+    gid: int
+    mtime: int
+    """Microseconds since 1970."""
+    size: int
+    position: int
+    """Of the content, in bytes; the same for names of one file."""
+
+
+class ShmGhost(Ghost):
+    """A file of /dev/shm that is made anew, as a ghost is: its content is in the archive."""
+
+    __slots__ = ()
+
+    @property
+    def file(self) -> str:
+        """What is told of it."""
+        return "the archive of /dev/shm"
+
+
 class Linked(NamedTuple):
     """A file that has names still, but not the one it was opened by: a link remap leads to it.
 
@@ -265,3 +292,5 @@ class Images(NamedTuple):
     unpacking: tuple[Step, ...] | None = None
     """None: the images are files of a directory. Else they are members of an archive, and the
     position of an extent is one in what comes out of the archive after these steps."""
+    devshm: Mapping[bytes, ShmFile] | None = None
+    """Link remaps in the archive of /dev/shm, by name; None: there is no such archive."""

@@ -102,6 +102,11 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="What to mount for an external mount, when namespaces are rebuilt.",
             ),
             click.option(
+                "--devshm",
+                metavar="FILE",
+                help="The container's /dev/shm as its checkpoint has it (devshm-checkpoint.tar).",
+            ),
+            click.option(
                 "-j",
                 "--jobs",
                 type=click.IntRange(min=1, max=1024),
@@ -150,7 +155,12 @@ def begin_reading(options: dict[str, Any]) -> Any:
 
     rebuilt = options["tree"] is None and not options["namespaces"]
     try:
-        return start_reading(options["images_dir"], options["max_size"], all_mounts=rebuilt)
+        return start_reading(
+            options["images_dir"],
+            options["max_size"],
+            all_mounts=rebuilt,
+            devshm=options.get("devshm"),
+        )
     except PlanError as error:
         return error
 
@@ -174,6 +184,7 @@ def make_request(options: dict[str, Any], reading: Any, keep: bool = False) -> A
         on_error=options["on_error"],
         memory_limit=options.get("memory_limit"),
         consume_link_remaps=options.get("consume_link_remaps", False),
+        devshm=options.get("devshm"),
     )
     if options.get("stall_timeout"):
         given["stall_s"] = options["stall_timeout"]

@@ -47,6 +47,7 @@ from ghostpool._model import (
     RegFile,
     RegId,
     Remap,
+    ShmGhost,
     id_in_images,
     maker,
 )
@@ -117,7 +118,7 @@ class Planner:
         self._policy = policy
         self._prefix = b".ghostpool-%s-" % token
         self._matcher = Matcher(images, namespaces)
-        self._links = LinkRemaps(self._matcher, policy)
+        self._links = LinkRemaps(self._matcher, policy, images.devshm)
         self._handles: dict[tuple[int, int], PlannedMount] = {}
         self._found: dict[tuple[int, int, int, int], tuple[PlannedMount, int]] = {}
         self._openings: dict[RegId, Opening] = {}
@@ -350,6 +351,11 @@ class Planner:
             if isinstance(link, PlanError):
                 number = opening.file.id
                 self.refuse(f"{text(opening.file.name)} (file id {number})", link, [number])
+            elif isinstance(link, ShmGhost):
+                self._openings[opening.file.id] = opening
+                self._plan.devshm.add(link.id)
+                if self._first.setdefault(link.id, opening) is not opening:
+                    self._more.setdefault(link.id, []).append(opening)
             else:
                 self._openings[opening.file.id] = opening
                 self._plan.links[link.linked.id] = link

@@ -388,6 +388,8 @@ class Plan:
     """What waited in ghost fifos, and is put back; with a size of the pipe that it can have."""
     links: dict[GhostId, PlannedLink] = field(default_factory=dict)
     """Files of link remaps, which are opened like ghosts that are there already."""
+    devshm: set[GhostId] = field(default_factory=set)
+    """Those of `ghosts` whose content is in the archive of /dev/shm."""
     owners: dict[GhostId, tuple[int, int]] = field(default_factory=dict)
     """Who is made owner, of ghosts whose ids are others where they are made; see _ownership."""
     acting: dict[int, tuple[int, int]] = field(default_factory=dict)

@@ -79,6 +79,8 @@ class WorkerPool:
         self._watch: Callable[[Child], Awaitable[None]] | None = None
         self.images = -1
         """Directory that ghost images are read from, lent to requests that create."""
+        self.devshm = -1
+        """The archive of /dev/shm, likewise, if there is one."""
         self._slots: list[WorkerClient | None] = [None] * jobs
         self._locks = [anyio.Lock() for _ in range(jobs)]
         self._undead: list[tuple[int, Child]] = []

@@ -21,15 +21,18 @@ import signal
 import stat
 import time
 from collections.abc import Callable
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from ghostpool import _confine
 from ghostpool._errors import ImageError, UnsupportedError
 from ghostpool._imagerows import ASK, LENGTH, MAX_FRAME, Rows, Telling
 from ghostpool._images import read_source
 from ghostpool._imagesource import DirectorySource, ImageSource, OpenFile, OpenImage
-from ghostpool._limits import Limits
+from ghostpool._limits import Limits, Tally
 from ghostpool._protocol import take_rights
+
+if TYPE_CHECKING:
+    from ghostpool._archive import ArchiveSource
 
 STILL_S: Final = 1.0
 """How often the reader says that it goes on."""
@@ -130,20 +133,34 @@ class AskingSource(DirectorySource):
 
 def read(said: Said) -> None:
     """Serve one request."""
-    (path, size, all_mounts), fds = said.hear()
+    (path, size, all_mounts, devshm), fds = said.hear()
     limits = Limits(size=size)
     source: ImageSource
-    if stat.S_ISDIR(os.fstat(fds[0]).st_mode):
+    tar: OpenImage | None = None
+    at = 0
+    is_directory = stat.S_ISDIR(os.fstat(fds[0]).st_mode)
+    if devshm is not None or not is_directory:  # what is not loaded now never will be
+        from ghostpool import _devshm
+    if is_directory:
         said.say("confined", list(_confine.confine(fds[0])))
         source = AskingSource(fds[0], said)
     else:
-        source = _archive(path, fds[0], limits, said)
+        source = archive = _archive(path, fds[0], limits, said)
+        tar, at = archive.devshm()
     telling = Telling(said.say)
     images = read_source(path, source, limits, telling, all_mounts=all_mounts)
+    if devshm is not None:
+        tar, at = OpenFile(devshm, fds[1]), 0
+    elif all(remap.kind != "linked" for remap in images.remaps):
+        tar = None  # nobody asked for it, and nothing needs it
+    if tar is not None:
+        files = _devshm.read_devshm(devshm or path, tar, Tally(limits))
+        found = {file.name: file._replace(position=file.position + at) for file in files}
+        images = images._replace(devshm=found)
     telling.finish(images)
 
 
-def _archive(path: str, fd: int, limits: Limits, said: Said) -> ImageSource:
+def _archive(path: str, fd: int, limits: Limits, said: Said) -> ArchiveSource:
     """The images in an archive; only who has one pays for what reads and unpacks it."""
     from ghostpool._archive import open_archive
     from ghostpool._unpack import load

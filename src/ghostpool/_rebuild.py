@@ -37,6 +37,7 @@ from ghostpool._model import (
     RegFile,
     RegId,
     Remap,
+    ShmFile,
     Task,
     maker,
 )
@@ -53,6 +54,7 @@ _make_remap: Final = maker(Remap)
 _make_descriptor: Final = maker(Descriptor)
 _Table = tuple["array[int]", "array[int]", list[bool], list[bool]]
 _KEY: Final = re.compile(r"exe|cwd|root|map:[0-9a-f]{1,16}-[0-9a-f]{1,16}", re.ASCII)
+_HIDDEN: Final = re.compile(rb"link_remap\.[0-9]{1,10}")
 _IFMT: Final = 0o170000
 _IFREG: Final = stat.S_IFREG
 _U31: Final = (1 << 31) - 1
@@ -202,6 +204,7 @@ class Rebuild:
         self._holders: dict[Pid, dict[str, Holder]] = {}
         self._fifos: dict[RegId, FifoData] = {}
         self._sockets: list[bytes] = []
+        self._devshm: dict[bytes, ShmFile] | None = None
 
     @property
     def complete(self) -> bool:
@@ -272,6 +275,7 @@ class Rebuild:
             own_user_namespace=self._own_user_namespace,
             fifo_data=self._fifos,
             deleted_sockets=tuple(self._sockets),
+            devshm=self._devshm,
         )
 
     def _count(self, kind: str, number: int) -> None:
@@ -505,6 +509,26 @@ class Rebuild:
             if type(name) is not str:
                 raise Nonsense("the name of a socket that is no text")
             self._sockets.append(name.encode("latin-1"))
+
+    def _add_devshm(self, rows: Rows) -> None:
+        self._count("ghost-file", len(rows))
+        if self._devshm is None:
+            self._devshm = {}
+        for name, mode, uid, gid, mtime, size, position in rows:
+            path = _bytes(name, TEXT_LIMIT)
+            if not _HIDDEN.fullmatch(path) or _number(mode, 0o177777) & _IFMT != _IFREG:
+                raise Nonsense("a file of /dev/shm that is no link remap")
+            self._tally.size("devshm", _number(size, _U63))
+            self._tally.content("devshm", 0, size)
+            self._devshm[path] = ShmFile(
+                path,
+                mode,
+                _number(uid),
+                _number(gid),
+                _number(mtime, _TIME, -_TIME),
+                size,
+                _number(position, _U63 - size),
+            )
 
     def _add_end(self, rows: Rows) -> None:
         if rows:

@@ -38,6 +38,9 @@ class Options(TypedDict, total=False):
     consume_link_remaps: bool
     """Take the hidden names of link remaps away when everything is restored. An image whose files
     have no other name can not be restored again then."""
+    devshm: str | os.PathLike[str] | None
+    """The archive of a container's /dev/shm that lies beside the images (devshm-checkpoint.tar):
+    files of link remaps that are missing there are made from it."""
     max_size: int
     """Largest apparent size of a ghost, in bytes; 1 TiB if it is not given."""
     strategy: Strategy
@@ -72,6 +75,7 @@ def request_of(images: str | os.PathLike[str], options: Options, *, keep: bool =
             raise ValueError(f"{name}={number!r}: expected a number above 0")
     events = options.get("events")
     where = options.get("namespaces") or {}
+    shm = options.get("devshm")
     return Request(
         images_dir=os.fspath(images),
         jobs=options.get("jobs") or len(os.sched_getaffinity(0)),
@@ -87,6 +91,7 @@ def request_of(images: str | os.PathLike[str], options: Options, *, keep: bool =
             consume_link_remaps=options.get("consume_link_remaps", False),
             mapped=maps_owner(),
         ),
+        devshm=None if shm is None else os.fspath(shm),
         max_size=options.get("max_size", Limits().size),
         memory_limit=options.get("memory_limit"),
         stall_s=options.get("stall_s", STALL_S),

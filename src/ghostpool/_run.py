@@ -86,6 +86,8 @@ class Request(NamedTuple):
     policy: Policy = Policy()
     max_size: int = Limits().size
     """Largest apparent size of a ghost, in bytes."""
+    devshm: str | None = None
+    """The archive of a container's /dev/shm, whose link remaps are made anew where it is needed."""
     reading: Reading | PlanError | None = None
     """Who reads the images already, if somebody does; or why nobody can."""
     mount_setattr: bool = True
@@ -291,9 +293,11 @@ async def prepared(
             pinned = await learn_maps(server, pinned)
             targets[:] = distinct(pinned.values())
         reading = request.reading or start_reading(
-            request.images_dir, request.max_size, all_mounts=not named
+            request.images_dir, request.max_size, all_mounts=not named, devshm=request.devshm
         )
         stack.callback(os.close, reading.directory)
+        if reading.devshm >= 0:
+            stack.callback(os.close, reading.devshm)
         memory = _memory_bound(request, server)
         pool = await stack.enter_async_context(
             WorkerPool.running(
@@ -306,6 +310,8 @@ async def prepared(
             )
         )
         pool.images = reading.directory
+        # That which an archive has in it is read from there.
+        pool.devshm = reading.directory if reading.devshm < 0 else reading.devshm
         pool.events = events
         try:
             images, tables = await _read(reading, pool, targets)

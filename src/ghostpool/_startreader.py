@@ -34,10 +34,16 @@ class Reading(NamedTuple):
     """Of the reader, whose pid may be another one's as soon as somebody has reaped it."""
     all_mounts: bool = True
     """False: only those that files were opened on, and what finding them again takes."""
+    devshm: int = -1
+    """The archive of a container's /dev/shm, if there is one; the reader has it too."""
 
 
-def start_reading(path: str, size: int, *, all_mounts: bool = True) -> Reading:
+def start_reading(
+    path: str, size: int, *, all_mounts: bool = True, devshm: str | None = None
+) -> Reading:
     """Have the images in the directory or archive `path` read. PlanError: there is none.
+
+    `devshm`: the archive of a container's /dev/shm. PlanError: it can not be opened.
 
     A fresh interpreter in isolated mode, with an empty environment, and with no descriptor besides
     its socket, the images and /dev/null. It finds the modules where this process does.
@@ -46,21 +52,32 @@ def start_reading(path: str, size: int, *, all_mounts: bool = True) -> Reading:
     import _socket
 
     directory = open_images(path)
+    archive = -1
+    if devshm is not None:
+        try:
+            archive = os.open(devshm, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError as error:
+            os.close(directory)
+            raise PlanError(f"--devshm {devshm}: {error.strerror}") from error
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
-        request = json.dumps([path, size, all_mounts]).encode()
+        request = json.dumps([path, size, all_mounts, devshm]).encode()
+        fds = b"".join(fd.to_bytes(4, sys.byteorder) for fd in (directory, archive) if fd >= 0)
         ours.sendmsg(
             [len(request).to_bytes(4, "little"), request],
-            [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, directory.to_bytes(4, sys.byteorder))],
+            [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fds)],
         )
         pid = _spawn(theirs.fileno())
     except BaseException:
         os.close(directory)
+        if archive >= 0:
+            os.close(archive)
         ours.close()
         raise
     finally:
         theirs.close()
-    return Reading(pid, ours.detach(), directory, path, size, os.pidfd_open(pid), all_mounts)
+    pidfd = os.pidfd_open(pid)
+    return Reading(pid, ours.detach(), directory, path, size, pidfd, all_mounts, archive)
 
 
 def open_images(path: str) -> int:

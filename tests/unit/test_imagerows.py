@@ -12,7 +12,7 @@ from ghostpool._errors import ImageError
 from ghostpool._imagerows import BATCH, KINDS, rows_of
 from ghostpool._images import read_source
 from ghostpool._limits import Limits
-from ghostpool._model import Images
+from ghostpool._model import Images, ShmFile
 from ghostpool._rebuild import Rebuild
 from tests.support.corpus import CASES, corpus
 from tests.support.imagewriter import ImageSet, head
@@ -55,7 +55,8 @@ def made() -> Images:
     images.link(images.open(2, 8, "/linked"), "/")
     images.map(1, 0x1000, 0x2000, images.open(1, 9, "/data/mapped", ghost=images.ghost(b"x")))
     written = {name: head(name) + b"".join(r) for name, r in images.images().items()}
-    return read_source("images", MemorySource(written))
+    shm = ShmFile(b"link_remap.7", 0o100600, 7, 8, 1_500_000_000_000_000, 32, 512)
+    return read_source("images", MemorySource(written))._replace(devshm={shm.name: shm})
 
 
 FRAMES: Frames = [list(frame) for frame in rows_of(made())]
@@ -67,6 +68,13 @@ def frames() -> Frames:
 
 def index(kind: str) -> int:
     return [name for name, _ in FRAMES].index(kind)
+
+
+def test_an_archive_of_nothing_is_not_none() -> None:
+    archives: tuple[dict[bytes, ShmFile] | None, ...] = ({}, None)
+    for devshm in archives:
+        told = [list(frame) for frame in rows_of(made()._replace(devshm=devshm))]
+        assert rebuilt(told).devshm == devshm
 
 
 def test_every_kind_of_frame_is_there() -> None:
@@ -148,6 +156,15 @@ LIES: list[tuple[str, int, int, Any, str]] = [
     ("fifos", 0, 2, U32, "is no number"),
     ("fifos", 0, 3, U32, "is no number"),
     ("fifos", 0, 3, 2, "is no number"),
+    ("devshm", 0, 0, "other", "a file of /dev/shm that is no link remap"),
+    ("devshm", 0, 0, "../link_remap.7", "a file of /dev/shm that is no link remap"),
+    ("devshm", 0, 1, 0o40755, "a file of /dev/shm that is no link remap"),
+    ("devshm", 0, 2, U32, "is no number"),
+    ("devshm", 0, 3, -1, "is no number"),
+    ("devshm", 0, 4, 1 << 90, "is no number"),
+    ("devshm", 0, 5, -1, "is no number"),
+    ("devshm", 0, 5, 1 << 50, "the limit is 1T"),
+    ("devshm", 0, 6, (1 << 63) - 1, "is no number"),
 ]
 
 
