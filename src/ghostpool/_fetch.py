@@ -21,6 +21,7 @@ from typing import Any
 
 from ghostpool import _descriptors, _listenfds
 from ghostpool._errors import CommandError, PlanError, RestoreError
+from ghostpool._needs import MOST_KEYS
 from ghostpool._protocol import take_rights
 
 VERSION = 1
@@ -44,6 +45,10 @@ def fetch(path: str, task: int, argv: list[str], *, listen_fds: bool = False) ->
     connection = _connect(path)
     with _in_words(f"{path}: the server did not hand over task {task}"):
         descriptors, cloexec, keys = _take(connection, task)
+    if len(keys) > MOST_KEYS:
+        what = f"{len(keys)} mappings and the like, more than GHOSTPOOL_KEYS can tell of"
+        _send(connection, {"type": "abort", "reason": what})
+        raise CommandError(what)
     environment = {
         **os.environ,
         "GHOSTPOOL_TASK": str(task),

@@ -18,6 +18,8 @@ Consumers = Literal["commands", "sockets", "nobody"]
 _COORDINATOR = 40
 _CHILD = 24
 _BUILDER = 40
+MOST_KEYS = 2000
+"""As many fit one string of an environment, which has 128 KiB at most: execve(2)."""
 STRANGERS = 64
 """Most connections that are kept without a hello."""
 _OF_COMMAND = 8
@@ -42,6 +44,8 @@ class Counts(NamedTuple):
     """Restored descriptors of the task that has most of them."""
     highest_number: int
     """Of a restored descriptor in its task; -1: there is none."""
+    most_keys: int = 0
+    """What a task holds besides descriptors, of the one that holds most."""
 
 
 def check_namespaces(count: int, limit: int) -> None:
@@ -52,7 +56,12 @@ def check_namespaces(count: int, limit: int) -> None:
 
 
 def check(counts: Counts, jobs: int, consumers: Consumers | None, limit: int) -> None:
-    """PlanError: a process of the run would need more descriptors than it may have."""
+    """PlanError: a process of the run would need more than it may have."""
+    if consumers == "commands" and counts.most_keys > MOST_KEYS:
+        raise PlanError(
+            f"{counts.most_keys} mappings and the like of one task, more than the {MOST_KEYS} that "
+            "a command can be told of in GHOSTPOOL_KEYS: serve them (--serve), or use the library"
+        )
     process, need = max(needs(counts, jobs, consumers).items(), key=lambda item: item[1])
     if need > limit:
         what = (

@@ -321,6 +321,7 @@ class Planner:
             tasks=len(self._images.tasks),
             most_of_task=max(map(len, numbers), default=0),
             highest_number=max((number for some in numbers for number in some), default=-1),
+            most_keys=max(len(self._keys.of_task(task)) for task in self._images.tasks),
         )
 
     def _held(self, files: Files) -> int:
@@ -349,7 +350,7 @@ class Planner:
         owned = self._ownership if self._ownership.needed else None
         for opening, link in self._links.resolve(found):
             if isinstance(link, PlanError):
-                number = opening.file.id
+                number = id_in_images(opening.file.id)
                 self.refuse(f"{text(opening.file.name)} (file id {number})", link, [number])
             elif isinstance(link, ShmGhost):
                 self._openings[opening.file.id] = opening

@@ -76,16 +76,23 @@ class Found(NamedTuple):
     errno: int
     """Why nothing can be said of it (ENOENT: nothing has the name), or 0."""
     device: int
+    """st_dev."""
     inode: int
+    """st_ino."""
     mode: int
+    """Full st_mode."""
     uid: int
+    """Owner, as the worker sees it."""
     gid: int
+    """Group, likewise."""
     size: int
+    """Bytes, holes included."""
     links: int
     """How many names it has."""
     directory_device: int
+    """st_dev of the directory that it was found in."""
     directory_inode: int
-    """Identity of the directory that it was found in."""
+    """st_ino of that directory."""
 
 
 class Room(NamedTuple):

@@ -418,6 +418,45 @@ def test_what_can_not_be_is_refused(tmp_path: Path, make: Any, words: tuple[str,
         assert word in done.stderr, done.stderr
 
 
+def test_more_keys_than_a_command_can_be_told_of(tmp_path: Path) -> None:
+    """A string of an environment has its limit: refused before anything is touched, or undone."""
+    images = bare()
+    images.task(1)
+    text = removed(images, "/mnt/ro/text", images.ghost(CONTENT))
+    for at in range(0x7FFF_0000_0000, 0x7FFF_0000_0000 + 2001 * 0x2000, 0x2000):
+        images.map(1, at, at + 0x1000, text)
+    made = images.write(tmp_path / "images")
+    with target() as there:
+        done = run("restore", "-D", made, "-t", there.pid, "--", "true")
+        assert done.returncode == 2
+        assert "2001 mappings and the like of one task, more than the 2000" in done.stderr
+        where = ("-D", made, "-t", there.pid, "--serve", tmp_path / "socket")
+        with serving(*where) as served:
+            fetch = run("fetch", "--socket", served.socket, "--task", 1, "--", "true")
+            assert fetch.returncode == 1
+            assert "2001 mappings" in fetch.stderr
+            assert served.process.wait(timeout=30) == 1
+
+
+def test_what_can_not_be_is_left_out(tmp_path: Path) -> None:
+    """With --on-error=skip a task has the other keys, by the numbers that are free then."""
+    images = bare()
+    images.task(1)
+    mapped_for_writing(images)
+    images.cwd(1, removed(images, "/mnt/ro/here", images.ghost(mode=DIRECTORY)))
+    images.root(1, removed(images, "/mnt/ro/file", images.ghost(CONTENT)))
+    images.map(1, 0x3000, 0x4000, removed(images, "/mnt/ro/text", images.ghost(CONTENT)))
+    made = images.write(tmp_path)
+    with target() as there:
+        words = ("--on-error", "skip", "--", "sh", "-c", "echo $GHOSTPOOL_KEYS; ls /proc/self/fd")
+        done = run("restore", "-D", made, "-t", there.pid, *words)
+    first, *open_numbers = done.stdout.splitlines()
+    assert json.loads(first) == {"cwd": 3, "map:3000-4000": 4}
+    assert {"3", "4"} < set(open_numbers)
+    assert "/mnt/ro/data" in done.stderr
+    assert "/mnt/ro/file" in done.stderr
+
+
 # -- Real dumps ---------------------------------------------------------------------------------
 
 
