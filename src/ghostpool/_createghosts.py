@@ -6,6 +6,7 @@ ledger before it is made (D-003).
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -99,7 +100,11 @@ class Creator:
         except WorkerFailure as error:
             for planned, fields in zip(ghosts, error.failure.done, strict=False):
                 self._ledger.created(planned, Created(*fields))
-            file = ghosts[max(0, error.failure.at)].ghost.file
+            at = error.failure.at
+            if at >= 0:
+                taken = error.failure.errno == errno.EEXIST
+                self._ledger.not_created(ghosts[at if taken else at + 1 :])
+            file = ghosts[max(0, at)].ghost.file
             raise failed(error.failure, self._plan, file) from error
         for planned, fields in zip(ghosts, answers, strict=True):
             self._ledger.created(planned, Created(*fields))

@@ -104,6 +104,14 @@ class Ledger:
         temporary.device = self._devices.setdefault(result.device, result.device)
         temporary.inode = result.inode
 
+    def not_created(self, ghosts: Sequence[PlannedGhost]) -> None:
+        """What has these temporary names is somebody else's: the worker did not come to make them.
+
+        Or it found one of them taken, though nobody can have known it.
+        """
+        for planned in ghosts:
+            del self._temporaries[planned.ghost.id]
+
     async def placing(self, planned: PlannedGhost) -> None:
         """A request to move this directory to its old name is about to be sent."""
         temporary = self._temporaries[planned.ghost.id]
