@@ -88,6 +88,8 @@ NEEDED: dict[str, int] = {
     "mountinfo": 0,
     "open_mounts": _SEARCH,
     "clone": _MOUNTS,
+    "open_part": _SEARCH,
+    "clone_part": _MOUNTS,
     "make_writable": _MOUNTS,
     "make_read_only": _MOUNTS,
     "look": _SEARCH,

@@ -243,6 +243,8 @@ def _facts(
     pid = os.getpid()
     run = JournalRun(token, pid, start_time(pid), pid_namespace(), boot_id(), int(time.time()))
     targets = {p.namespace.target.index: p.namespace.target for p in planned.values()}
+    # Of a mount whose flag is locked, names can be removed only where its lender is.
+    targets |= {p.lent_in.index: p.lent_in for p in planned.values() if p.lent_in is not None}
     namespaces = [
         JournalNamespace(
             target.index,

@@ -70,6 +70,8 @@ class LiveMount(NamedTuple):
     fstype: str
     source: str
     superblock_read_only: bool
+    idmapped: bool = False
+    """It shows other ids than its file system has: mount_setattr(2)."""
 
     @property
     def read_only(self) -> bool:
@@ -90,10 +92,11 @@ def parse_line(line: bytes) -> LiveMount:
         raise ValueError(f"not a line of mountinfo: {line!r}")
     major, _, minor = fields[2].partition(b":")
     attributes = 0
-    relatime = False
+    relatime = idmapped = False
     for option in fields[5].split(b","):
         attributes |= _OPTIONS.get(option, 0)
         relatime |= option == b"relatime"
+        idmapped |= option == b"idmapped"
     if not relatime and not attributes & _NOATIME:
         attributes |= _STRICTATIME
     groups = {b"shared": 0, b"master": 0}
@@ -113,4 +116,5 @@ def parse_line(line: bytes) -> LiveMount:
         fstype=filesystem[0].decode(errors="surrogateescape"),
         source=unescape(filesystem[1]).decode(errors="surrogateescape"),
         superblock_read_only=filesystem[2].split(b",", 1)[0] == b"ro",
+        idmapped=idmapped,
     )

@@ -109,13 +109,8 @@ class MountWork(Work):
         results: list[Any] = []
         for live, service in handles:
             try:
-                self._step = "open_tree"
-                clone = _linux.open_tree(self._mounts[live], b"", _linux.OPEN_TREE_CLONE)
+                clone = self._writable_clone(self._mounts[live])
                 try:
-                    if not self._mount_setattr:
-                        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-                    self._step = "mount_setattr"
-                    _linux.mount_setattr(clone, attr_clr=Attr.RDONLY)
                     self._step = "dup"
                     self._mounts[service] = os.dup(clone)
                 except OSError:
@@ -127,6 +122,44 @@ class MountWork(Work):
                 out.append(clone)
                 results.append(None)
         return results
+
+    def _writable_clone(self, fd: int) -> int:
+        self._step = "open_tree"
+        clone = _linux.open_tree(fd, b"", _linux.OPEN_TREE_CLONE)
+        try:
+            if not self._mount_setattr:
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            self._step = "mount_setattr"
+            _linux.mount_setattr(clone, attr_clr=Attr.RDONLY)
+        except OSError:
+            os.close(clone)
+            raise
+        return clone
+
+    def do_open_part(self, out: list[int], mountpoint: bytes, below: bytes, root: int) -> None:
+        """Open a directory below a mount point that is the root of another mount, at `root`.
+
+        It goes back. EXDEV: something else is there, or the way there leads through another mount.
+        """
+        self._step = "openat2"
+        flags = os.O_PATH | os.O_DIRECTORY
+        whole = _linux.openat2(
+            _linux.AT_FDCWD, mountpoint, flags, _linux.FROM_ROOT & ~_linux.Resolve.IN_ROOT
+        )
+        try:
+            self._step = "openat2"
+            part = _linux.openat2(whole, below or b".", flags, _linux.INSIDE)
+        finally:
+            os.close(whole)
+        out.append(part)
+        self._step = "fstat"
+        found, wanted = os.fstat(part), os.fstat(root)
+        if not os.path.samestat(found, wanted):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    def do_clone_part(self, out: list[int], directory: int) -> None:
+        """A detached, private, writable clone of what is at a directory; it goes back."""
+        out.append(self._writable_clone(directory))
 
     def do_make_writable(self, out: list[int], handles: list[tuple[int, int]]) -> list[Any]:
         """Clear the read-only bit; per mount whether that changed it and what its attributes

@@ -384,6 +384,12 @@ class Planner:
         self._plan.warnings += notes(self._plan)
 
     def _note_strategies(self) -> None:
+        self._plan.warnings += [
+            f"{planned.label}: its read-only flag is locked; old names are made through a private "
+            f"clone of {planned.lender}, and it stays as it is"
+            for planned in self._plan.mounts.values()
+            if planned.lender is not None
+        ]
         if self._plan.strategy != "detached":
             return
         leased = self._plan.leased
@@ -582,7 +588,7 @@ class Planner:
         spot = self._spot(opening, looks)
         mount = opening.mount
         if placed.mount is mount or is_below(placed.place, mount.root):
-            detached = self._plan.strategy == "detached" and mount.read_only and mount.clone
+            detached = self._plan.strategy_of(mount) == "detached"
             link, link_root = mount.service if detached else mount.handle, mount.root
         else:
             link, link_root = placed.mount.service, placed.mount.root

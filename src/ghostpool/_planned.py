@@ -34,6 +34,7 @@ from ghostpool._mountinfo import LiveMount
 from ghostpool._paths import join, text
 from ghostpool._pipelimit import pipe_limit
 from ghostpool._protocol import Found
+from ghostpool._targets import Target
 from ghostpool._userns import IdMaps
 
 Strategy = Literal["remount", "detached"]
@@ -86,6 +87,10 @@ class PlannedMount:
     """Number of its file system, found by the survey; see MountFacts."""
     idmap: IdMaps | None = None
     """Of an idmapped mount: ids on its file system to ids that it shows; found by the survey."""
+    lender: str | None = None
+    """Its read-only flag is locked: the mount that lends the service side, for messages."""
+    lent_in: Target | None = None
+    """The target where that mount is; None: there is none, or it is in our own namespace."""
     root: bytes = field(init=False)
     """What of the file system is mounted: a path inside it."""
     read_only: bool = field(init=False)
@@ -106,7 +111,7 @@ class PlannedMount:
     @property
     def service_idmap(self) -> IdMaps | None:
         """As `idmap`, of that side."""
-        return self.idmap
+        return self.idmap if self.lender is None else None
 
     @property
     def label(self) -> str:
@@ -426,7 +431,8 @@ class Plan:
         """How the mount is worked on; None where it is writable already."""
         if not mount.read_only:
             return None
-        return "detached" if self.strategy == "detached" and mount.clone else "remount"
+        wanted = self.strategy == "detached" or mount.lender is not None
+        return "detached" if wanted and mount.clone else "remount"
 
     def leases_for(self, opens: Iterable[PlannedOpen]) -> set[MountHandle]:
         """The mounts that must be writable for these opens, in their own namespaces' view."""

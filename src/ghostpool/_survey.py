@@ -18,6 +18,7 @@ import anyio.to_thread
 from ghostpool import _room
 from ghostpool._apart import apart
 from ghostpool._errors import MountNotFound, Overmounted, PlanError, leaves
+from ghostpool._lending import lend
 from ghostpool._linkremaps import Place
 from ghostpool._match import Namespace
 from ghostpool._model import Images, MountHandle, NsId
@@ -56,6 +57,7 @@ class Survey:
         self._admit = admit
         self.identities: dict[MountHandle, int] = {}
         """Unique id (or mnt_id, before Linux 6.8) of each planned mount."""
+        self._locked: list[PlannedMount] = []
 
     async def plan(
         self, targets: Mapping[NsId, Target], tables: Mapping[int, MountTable], token: bytes
@@ -95,8 +97,11 @@ class Survey:
 
         pieces = len(self._images.files)
         planner = await apart(begin, pieces)
+        self._locked.clear()
         self._admit(planner)
         await self._open_mounts(planner)
+        if self._locked:
+            await lend(self._pool, namespaces.values(), self._locked, planner.refuse_mount)
         looks = await self._look(planner)
         found = await self._find(planner)
         plan = await apart(lambda: planner.finish(looks, found), pieces)
@@ -147,6 +152,8 @@ class Survey:
                 self._pool.mounts[planned.service] = next(taken)
                 self._pool.labels[planned.service] = planned.label
                 self._pool.learned(slot, [planned.service])
+            elif failure == (errno.EPERM, "mount_setattr"):
+                self._locked.append(planned)
             elif failure[0] in (errno.EINVAL, errno.ENOSYS):
                 # Unbindable, or Linux before 5.12: the mount's own lease does for both sides.
                 planned.clone = False
@@ -309,11 +316,6 @@ def _mount_error(planned: PlannedMount, failure: Failure) -> PlanError:
 
 
 def _clone_error(code: int, step: str) -> PlanError:
-    if code == errno.EPERM:
-        return PlanError(
-            "its read-only flag is locked: it came into this mount namespace from one of another "
-            "user namespace, and no caller can clear it there (mount_namespaces(7))"
-        )
     if code == errno.ENOSPC:
         return PlanError("no more mount namespaces are allowed: raise user.max_mnt_namespaces")
     return PlanError(f"no writable clone of it: {step}: {os.strerror(code)}")

@@ -74,6 +74,10 @@ class _Left(Exception):
     """This debt stays, for the reason in the argument."""
 
 
+class _Locked(Exception):
+    """The read-only flag of this mount can not be cleared, of no clone of it either."""
+
+
 class _Gone(Exception):
     """There is nothing to undo any more, for the reason in the argument."""
 
@@ -258,7 +262,20 @@ class Undoing:
         assert debt.anchor is not None
         anchor = Anchor(*debt.anchor)
         mount = self._journal.mounts[live_of(operations[0].mount)]
-        place = await self._place(mount, anchor)
+        label = self._label(mount)
+        async for place in self._places(mount, anchor):
+            try:
+                return await self._undo_names_at(place, anchor, mount, operations)
+            except _Locked:
+                continue
+        raise _Left(
+            f"{label}: its read-only flag is locked, and no other mount leads there from here"
+        )
+
+    async def _undo_names_at(
+        self, place: _Place, anchor: Anchor, mount: JournalMount, operations: list[RemoveOp]
+    ) -> list[str]:
+        """_Locked: not through this mount."""
         label = self._label(mount)
         await self._check_anchor(place, anchor, label)
         where = [f"{text(join(o.directory, o.name))} on mount {label}" for o in operations]
@@ -298,13 +315,19 @@ class Undoing:
             raise _Left("; ".join(resisted))
         return said
 
-    async def _place(self, mount: JournalMount, anchor: Anchor) -> _Place:
-        """Through what the names can be reached: the mount itself, or another of its kind."""
+    async def _places(self, mount: JournalMount, anchor: Anchor) -> AsyncIterator[_Place]:
+        """Through what the names can be reached: the mount itself, then others of its kind.
+
+        _Gone, _Left: there is none, or none of them can be used.
+        """
+        gone: _Gone | None = None
+        live = None
         try:
             live = await self._live(mount.handle)
-            return _Place(mount.namespace, live, MountHandle(mount.handle), b"")
         except _Gone as reason:
             gone = reason
+        if live is not None:
+            yield _Place(mount.namespace, live, MountHandle(mount.handle), b"")
         path = join(mount.root.strip(b"/"), anchor.path)
         unusable: _Left | None = None
         for target, live in self._mounts_of(mount.device):
@@ -322,8 +345,10 @@ class Undoing:
             if live.superblock_read_only:
                 unusable = _Left(f"{text(live.mountpoint)}: its superblock is read-only now")
                 continue
-            return _Place(target, live, handle, relative_to(mount.root.strip(b"/"), root))
-        raise unusable or gone
+            yield _Place(target, live, handle, relative_to(mount.root.strip(b"/"), root))
+        why = unusable or gone
+        if why is not None:
+            raise why
 
     def _mounts_of(self, device: int) -> list[tuple[int, LiveMount]]:
         """Mounts of a file system in all namespaces that were found, with their targets."""
@@ -376,6 +401,8 @@ class Undoing:
                 target=place.target,
                 mounts=[place.handle],
             )
+            if failure == (errno.EPERM, "mount_setattr"):
+                raise _Locked
             if failure is not None:
                 async with self._writable(mount, place, label):
                     yield place.handle

@@ -59,6 +59,8 @@ class Worker(Work):
             "mountinfo": mounts.do_mountinfo,
             "open_mounts": mounts.do_open_mounts,
             "clone": mounts.do_clone,
+            "open_part": lambda out, *what: mounts.do_open_part(out, *what, *self.given),
+            "clone_part": lambda out: mounts.do_clone_part(out, *self.given),
             "room": mounts.do_room,
             "make_writable": mounts.do_make_writable,
             "make_read_only": mounts.do_make_read_only,

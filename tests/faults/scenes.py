@@ -23,11 +23,13 @@ from ghostpool import _linux
 from ghostpool._buildspec import MountSpec, NamespaceSpec, Node
 from ghostpool._linux import Attr
 from ghostpool._planned import Strategy
+from ghostpool.testing import Namespace
 from ghostpool.testing._forked import fork
 from ghostpool.testing._namespace import enter
 from ghostpool.testing._targets import built
 from tests.support.imagewriter import LINKED, ImageSet
 from tests.support.live import host_programs
+from tests.support.usernamespaces import copied
 
 RO = int(Attr.RDONLY)
 MS_RO = 0x200001
@@ -56,6 +58,9 @@ class Definition(NamedTuple):
     command: tuple[str, ...] = ()
     rebuilt: bool = False
     """The targets are made by the run itself; those here are not used."""
+    copied: bool = False
+    """One more target is a copy of the last one's mounts, in a user namespace: their flags are
+    locked there."""
 
 
 def _mount(number: int, point: str, *nodes: Node, **fields: Any) -> MountSpec:
@@ -111,6 +116,18 @@ def _kept() -> ImageSet:
     return made
 
 
+def _locked() -> ImageSet:
+    made = ImageSet(own_user_namespace=True)
+    for number in (10, 11):
+        made.mount("/", ns=number)
+        made.mount("/data", ns=number, flags=MS_RO)
+    made.task(1, ns=10)
+    made.task(2, ns=11)
+    made.open(2, 3, "/data/gone/plain", ghost=made.ghost(b"content", uid=7))
+    made.open(2, 4, "/data/dir", ghost=made.ghost(mode=0o40750), flags=O_DIRECTORY)
+    return made
+
+
 def _rebuilt() -> ImageSet:
     made = ImageSet()
     made.mount("/", ns=10)
@@ -146,6 +163,7 @@ def definitions() -> list[Definition]:
         Definition("command", _one_mount, ((root, data, *programs),), command=("/bin/true",)),
         Definition("link remap", _link_remap, ((_ROOT, hidden),)),
         Definition("rebuilt", _rebuilt, (), rebuilt=True),
+        Definition("locked", _locked, ((_ROOT, data),), copied=True),
     ]
 
 
@@ -281,6 +299,8 @@ def _clean(table: bytes, known: set[str], files: dict[str, tuple[Any, ...]]) -> 
         point = row[4]
         if row[row.index("-") + 1] != "tmpfs" or point == "/":
             continue
+        if not any(path.startswith(f"{point}/") for path in extra):
+            continue  # its flag may be locked
         fd = os.open(point, os.O_PATH)
         clone = _linux.open_tree(fd, b"", _linux.OPEN_TREE_CLONE)
         _linux.mount_setattr(clone, attr_clr=RO)
@@ -302,6 +322,9 @@ def standing(definition: Definition, directory: Path) -> Iterator[Scene]:
     images = definition.images().write(directory)
     specs = [NamespaceSpec(10 + n, _apart(n, own)) for n, own in enumerate(definition.mounts)]
     with built(specs) as fds, ExitStack() as stack:
+        if definition.copied:
+            fds.append(stack.enter_context(copied(Namespace(0, fds[-1]))).fd)
+            stack.callback(fds.pop)  # the copy's own block closes it
         keepers = []
         for fd in fds:
             keepers.append(Keeper(fd))

@@ -63,7 +63,7 @@ def sets_in(status: dict[str, str]) -> Sets:
 MINE = sets_in(status_of("self")).permitted
 
 
-ELSEWHERE = {"fill", "find", "sweep"}
+ELSEWHERE = {"clone_part", "fill", "find", "open_part", "sweep"}
 """Requests that other images than these, or other commands, come to."""
 
 

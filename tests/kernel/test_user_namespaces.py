@@ -13,8 +13,9 @@ import pytest
 
 import ghostpool
 from ghostpool import _linux
+from ghostpool._buildspec import MountSpec
 from ghostpool._linux import Attr
-from ghostpool.testing import Namespace
+from ghostpool.testing import Namespace, private_namespace
 from tests.support.imagewriter import ImageSet
 from tests.support.live import ROOT, RUN_S, host_programs, live, read_only, run
 from tests.support.usernamespaces import container, copied, owners_inside, seen_inside
@@ -268,3 +269,126 @@ def test_rebuilt_from_images_of_a_user_namespace(tmp_path: Path) -> None:
     assert done.status == 0, done
     plan = json.loads(run("plan", "-D", tmp_path, "--json").out)
     assert any("no user namespace of its own" in line for line in plan["warnings"])
+
+
+# -- Locked flags ---------------------------------------------------------------------------------
+
+LOCKED = read_only(2, b"/data", "taken", "dir/")
+SUBTREE = (
+    read_only(2, b"/volume", "pod/", "pod/taken", "pod/dir/", "other", attributes=0),
+    read_only(3, b"/data", superblock=2, source="t2", root=b"/pod"),
+)
+
+
+def where(images: Path, target: Namespace, lender: Namespace) -> tuple[str | Path, ...]:
+    """Options that restore into one namespace, and name the other too."""
+    return ("-D", images, "--ns", f"10={target.pid}", "--ns", f"11={lender.pid}")
+
+
+def two(directory: Path) -> Path:
+    """As `images`, and another task in a namespace of its own, with no ghosts."""
+    images(directory)
+    made = ImageSet(own_user_namespace=True)
+    made.mount("/")
+    made.mount("/data", flags=0x200001)
+    made.mount("/", ns=11)
+    made.task(1)
+    made.task(2, ns=11)
+    made.open(1, 3, "/data/gone", ghost=made.ghost(b"content", uid=1000, gid=100))
+    made.open(1, 4, "/data/away/deep/gone", ghost=made.ghost(b"of root"))
+    made.open(1, 5, "/data/taken", ghost=made.ghost(b"ghost", gid=100))
+    sub = made.ghost(mode=0o40750, uid=1000)
+    made.open(1, 6, "/data/lost/sub", ghost=sub, flags=O_DIRECTORY)
+    return made.write(directory / "two")
+
+
+@pytest.mark.parametrize("strategy", ["remount", "detached"])
+@pytest.mark.parametrize("mounts", [(LOCKED,), SUBTREE], ids=["same", "subtree"])
+def test_a_locked_flag_is_answered_by_a_mount_that_is_not(
+    tmp_path: Path, mounts: tuple[MountSpec, ...], strategy: str
+) -> None:
+    """The container's mount never changes, nor that which lends its clone."""
+    with live(mounts) as (host,), copied(host) as target:
+        both = host, target
+        before = [one.snapshot().without_directory_times() for one in both]
+        options = where(two(tmp_path), target, host)
+        plan = json.loads(run("plan", *options, "--strategy", strategy, "--json").out)
+        assert plan["refusals"] == []
+        assert any("its read-only flag is locked" in line for line in plan["warnings"])
+        (data,) = plan["mounts"]
+        assert (data["strategy"], data["made_writable"]) == ("detached", False)
+
+        namespaces = {10: target.pid, 11: host.pid}
+        seen = restored_into(target, tmp_path / "two", namespaces=namespaces, strategy=strategy)
+        assert {
+            number: (one["owner"], one["name"], one["links"]) for number, one in seen.items()
+        } == {
+            3: ((1000, 100), "/data/gone (deleted)", 0),
+            4: ((0, 0), "/data/away/deep/gone (deleted)", 0),
+            5: ((0, 100), "/data/taken.cr_link (deleted)", 0),
+            6: ((1000, 0), "/data/lost/sub (deleted)", 0),
+        }
+        (mount,) = {mount.mnt_id for mount in target.table() if mount.mountpoint == b"/data"}
+        assert {int(one["mnt_id"]) for one in seen.values()} == {mount}
+        assert before == [one.snapshot().without_directory_times() for one in both]
+
+
+def test_a_mount_of_ghostpools_own_namespace_lends_too(tmp_path: Path) -> None:
+    """The usual case: the container was made from where ghostpool runs."""
+    point, work = tmp_path / "data", tmp_path / "images"
+    point.mkdir()
+
+    def mount() -> None:
+        _linux.mount(b"t2", os.fsencode(point), b"tmpfs", 0)
+        (point / "dir").mkdir()
+        (point / "taken").write_bytes(b"taken")
+        fd = os.open(point, os.O_PATH)
+        _linux.mount_setattr(fd, attr_set=int(Attr.RDONLY))
+        os.close(fd)
+
+    def restore() -> list[Any]:
+        done = run("restore", "-D", work, "-t", target.pid, "--discard")
+        return [done.status, done.err.splitlines()[-1]]
+
+    made = ImageSet(own_user_namespace=True)
+    made.mount("/")
+    made.mount(str(point), flags=0x200001)
+    made.task(1)
+    made.open(1, 3, f"{point}/gone", ghost=made.ghost(b"content", uid=1000))
+    made.write(work)
+    with private_namespace(mount) as here, copied(here) as target:
+        below = os.fsencode(point)
+        both = here, target
+        before = [one.snapshot(below).without_directory_times() for one in both]
+        status, said = here.run(restore)
+        assert status == 0
+        assert f"a private clone of {point} in this mount namespace" in said
+        assert before == [one.snapshot(below).without_directory_times() for one in both]
+
+
+def test_what_nobody_lends_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with live([LOCKED]) as (host,), copied(host) as target:
+        before = [one.snapshot() for one in (host, target)]
+        done = run("restore", "-D", images(tmp_path), "-t", target.pid, "--discard")
+        assert done.status == 2, done
+        assert "its read-only flag is locked" in done.err
+        assert "can be reached, neither in the targets nor from here" in done.err
+        assert before == [one.snapshot() for one in (host, target)]
+
+
+def test_a_failure_on_a_locked_mount_is_undone(tmp_path: Path) -> None:
+    made = ImageSet(own_user_namespace=True)
+    made.mount("/")
+    made.mount("/data", flags=0x200001)
+    made.mount("/", ns=11)
+    made.task(1)
+    made.task(2, ns=11)
+    made.open(1, 3, "/data/away/gone", ghost=made.ghost(b"content", uid=1000))
+    null = made.ghost(mode=0o60666, rdev=0xFFF00, uid=1000)  # nothing drives it: ENXIO
+    made.open(1, 4, "/data/null", ghost=null, mode=0o60666)
+    made.write(tmp_path)
+    with live([LOCKED]) as (host,), copied(host) as target:
+        before = [one.snapshot().without_directory_times() for one in (host, target)]
+        done = run("restore", *where(tmp_path, target, host), "--discard", "--allow-devices")
+        assert done.status == 1, done
+        assert before == [one.snapshot().without_directory_times() for one in (host, target)]

@@ -39,6 +39,7 @@ LAYERS = [
     "_fifos",
     "_batches _ledger _mountkernel _restored",
     "_guard _mend",
+    "_lending",
     "_pool _serve",
     "_barrier _lease _memory _plan",
     "_keys _linkremaps",
