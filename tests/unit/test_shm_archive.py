@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import tarfile
 from typing import Any
 
@@ -166,6 +167,35 @@ BROKEN = {
 def test_what_is_no_archive_is_refused(kind: str) -> None:
     with pytest.raises(ImageError, match=r"devshm\.tar"):
         found(BROKEN[kind])
+
+
+@pytest.mark.parametrize("form", FORMATS[1:])
+def test_whatever_is_changed_it_is_read_or_refused(form: int) -> None:
+    """And what is found lies in the archive."""
+    whole = packed(
+        member("n" * 150, b"long"),
+        member("link_remap.1", b"x" * 700, uid=1 << 22, mtime=1.5),
+        link("link_remap.2", "n" * 150),
+        form=form,
+    )[:5120]
+    chance = random.Random(form)
+    outcomes = set()
+    for _ in range(2000):
+        data = bytearray(whole)
+        for _ in range(chance.randrange(1, 4)):
+            data[chance.randrange(len(data))] = chance.choice((0, 0x20, 0x31, 0x80, 0xFF))
+        for at in range(0, len(data), 512):  # or next to nothing would come behind the sums
+            if chance.random() < 0.9:
+                block = data[at : at + 512]
+                data[at + 148 : at + 156] = b"%06o\0 " % (sum(block[:148]) + 256 + sum(block[156:]))
+        try:
+            files = found(bytes(data[: chance.choice((len(data), chance.randrange(len(data))))]))
+        except ImageError:
+            outcomes.add("refused")
+            continue
+        outcomes.add("read")
+        assert all(file.position + file.size <= len(data) for file in files.values())
+    assert outcomes == {"read", "refused"}
 
 
 def test_limits() -> None:
