@@ -44,6 +44,7 @@ class FillWork(Work):
 
     def _fill(self, operation: FillOp, images: int) -> int:
         directory = self._directories.open(operation.mount, operation.directory)
+        self._step = "openat2"
         path_fd = _linux.openat2(directory, operation.name, os.O_PATH | os.O_NOFOLLOW, INSIDE)
         try:
             self._step = "fstat"
@@ -71,9 +72,9 @@ class FillWork(Work):
             os.close(path_fd)
 
     def _resize(self, fd: int, size: int) -> None:
+        self._step = "fcntl of the pipe"
         if not size or fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) == size:
             return
-        self._step = "fcntl of the pipe"
         try:
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, size)
         except OSError as error:

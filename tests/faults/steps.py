@@ -120,6 +120,7 @@ HARMLESS = {
     "_linux.mount_flags_of",
     "os._exit",
     "os.close",
+    "os.getegid",
     "os.geteuid",
     "os.getpid",
     "os.kill",  # of a child that has not been waited for
