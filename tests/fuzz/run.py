@@ -37,6 +37,7 @@ from ghostpool._rebuild import Rebuild
 from tests.fuzz.mutate import Mutator, mutate_rows
 from tests.support.imagewriter import TTY, ImageSet, message
 from tests.support.memory import MemorySource, load
+from tests.support.older import big_endian, older
 from tests.support.rss import peak_rss
 
 CORPUS = Path(__file__).parents[1] / "corpus"
@@ -88,7 +89,9 @@ class Hung(BaseException):
 def corpus() -> list[dict[str, bytes]]:
     """The real dumps but the one of many files, which only costs time; and what they lack."""
     cases = sorted(path for path in CORPUS.iterdir() if path.name != "13-many")
-    return [*(load(case / "images") for case in cases), *_made()]
+    types = load(CORPUS / "02-types" / "images")
+    others = older(types, (3, 3)), older(types, (1, 3)), big_endian(types)
+    return [*(load(case / "images") for case in cases), *others, *_made()]
 
 
 def _made() -> list[dict[str, bytes]]:

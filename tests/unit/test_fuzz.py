@@ -45,7 +45,7 @@ def test_no_input_breaks_a_rule(tmp_path: Path) -> None:
     assert outcome["crashes"] == []
     assert outcome["read"] > 500, "hardly anything got through"
     assert len(outcome["errors"]) > 200, "hardly any check was reached"
-    assert min(outcome["kinds"].values()) > 50
+    assert min(outcome["kinds"].values()) > 20
 
 
 def test_a_seed_is_a_run() -> None:
