@@ -9,17 +9,19 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from ghostpool._batches import batches, failed, in_slots, new_room, one_ahead
+from ghostpool._errors import RestoreError
 from ghostpool._followers import Events
 from ghostpool._ledger import Ledger
 from ghostpool._paths import text
 from ghostpool._planned import Plan, PlannedGhost
 from ghostpool._pool import WorkerPool
-from ghostpool._protocol import Created, CreateOp, Placed, PlaceOp
+from ghostpool._protocol import STREAMED, Created, CreateOp, Placed, PlaceOp
+from ghostpool._unpacking import GAP, Unpacking
 from ghostpool._workerclient import WorkerFailure
 
 log = logging.getLogger("ghostpool")
@@ -46,12 +48,59 @@ class Creator:
         self._slots = slots
         self._events = events
         self._owners = plan.owners
+        self._streamed = pool.contents is not None
         self._archive = plan.images.unpacking is not None
         self._owner = (os.geteuid(), os.getegid()) if own_owner else None
 
     async def create(self) -> None:
         """Make every ghost of the plan, and move the directories to their old names."""
-        await in_slots(self._slots, self._plan.ghosts.values(), self._create_in_slot)
+        ghosts: Iterable[PlannedGhost] = self._plan.ghosts.values()
+        if self._pool.contents is not None:
+            await self._create_streamed(self._pool.contents)
+            ghosts = [planned for planned in ghosts if not self._is_streamed(planned)]
+        await in_slots(self._slots, ghosts, self._create_in_slot)
+
+    def _is_streamed(self, planned: PlannedGhost) -> bool:
+        return bool(planned.ghost.extents) and planned.ghost.id not in self._plan.devshm
+
+    async def _create_streamed(self, contents: Unpacking) -> None:
+        """Make all ghosts that have content in the order in which they are in the archive.
+
+        It is unpacked forwards, so their workers take turns: no faster than unpacking, but never
+        more of a ghost in memory than a piece.
+        """
+        ghosts = [planned for planned in self._plan.ghosts.values() if self._is_streamed(planned)]
+        ghosts.sort(key=lambda planned: planned.ghost.extents[0].position)
+        for slot in sorted({self._slots[planned.group] for planned in ghosts}):
+            await self._pool.call(slot, "forget_directories")
+        for batch in batches(ghosts, _BATCH, content_of, _BYTES):
+            for slot, run in self._runs(batch):
+                operations = await self._prepare(slot, run)
+                extents = [extent for planned in run for extent in planned.ghost.extents]
+                stream = await contents.stream(extents)
+                try:
+                    await self._create_batch(slot, stream, run, operations, lambda: None)
+                except RestoreError as error:
+                    # Whatever the worker says: if the archive is what failed, that is the reason.
+                    raise await contents.problem() or error from error
+                finally:
+                    os.close(stream)
+
+    def _runs(self, ghosts: Iterable[PlannedGhost]) -> Iterator[tuple[int, list[PlannedGhost]]]:
+        """What one worker makes in one namespace, without a long way between two in the archive."""
+        run: list[PlannedGhost] = []
+        last: tuple[int, int] | None = None
+        end = 0
+        for planned in ghosts:
+            place = self._slots[planned.group], planned.mount.namespace.target.index
+            first, final = planned.ghost.extents[0], planned.ghost.extents[-1]
+            if last is not None and (place != last or first.position - end > GAP):
+                yield last[0], run
+                run = []
+            run.append(planned)
+            last, end = place, final.position + final.length
+        if last is not None:
+            yield last[0], run
 
     async def _create_in_slot(self, slot: int, ghosts: list[PlannedGhost]) -> None:
         # What the plan saw may have been replaced since: look directories up anew.
@@ -134,7 +183,11 @@ class Creator:
             ghost.target or b"",
             b"" if self._archive else ghost.file.encode(),
             ghost.size,
-            tuple([(offset, length, position) for offset, length, position in ghost.extents]),
+            tuple(
+                [(offset, length, STREAMED) for offset, length, _ in ghost.extents]
+                if self._streamed and self._is_streamed(planned)
+                else [(offset, length, position) for offset, length, position in ghost.extents]
+            ),
         )
 
     async def _place(self, slot: int, planned: PlannedGhost) -> None:

@@ -11,7 +11,7 @@ from ghostpool import _linux
 from ghostpool._directories import Directories
 from ghostpool._failed import Failed, Mismatch, Work
 from ghostpool._linux import INSIDE
-from ghostpool._protocol import Created, CreateOp, Placed, PlaceOp
+from ghostpool._protocol import STREAMED, Created, CreateOp, Placed, PlaceOp
 
 _COPY_CHUNK = 1 << 20
 _NEW_NS = 10 * 10**9
@@ -168,9 +168,11 @@ class CreateWork(Work):
     def _copy(self, image: int, position: int, fd: int, offset: int, length: int) -> None:
         # Read and write: copy_file_range says EXDEV between file systems and is slower from
         # an offset that is no multiple of a block, which content in an image never has.
+        streamed = position == STREAMED
         while length:
             self._step = "read of the image"
-            data = os.pread(image, min(length, _COPY_CHUNK), position)
+            most = min(length, _COPY_CHUNK)
+            data = os.read(image, most) if streamed else os.pread(image, most, position)
             if not data:
                 raise Mismatch("length of the image: it was cut since the plan")
             self._step = "pwrite"

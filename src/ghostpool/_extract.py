@@ -14,13 +14,13 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Final, NamedTuple
 
 import anyio.lowlevel
 
-from ghostpool._errors import ImageError, KernelError, PlanError, UnsupportedError
+from ghostpool._errors import ImageError, KernelError, PlanError
 from ghostpool._imagesource import OPEN_FLAGS
 from ghostpool._inspection import SCHEMA, inspection
 from ghostpool._linux import write_all
@@ -28,6 +28,7 @@ from ghostpool._model import Extent, Ghost, GhostId, Images
 from ghostpool._paths import text
 from ghostpool._reading import read_apart
 from ghostpool._startreader import start_reading
+from ghostpool._unpacking import Unpacking
 
 MANIFEST: Final = "manifest.json"
 _MAKE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -68,23 +69,24 @@ async def extract(path: str, output: str, only: Sequence[str], *, max_size: int)
     reading = start_reading(path, max_size)
     try:
         images = await read_apart(reading)
-        if images.unpacking:
-            raise UnsupportedError(
-                f"{images.directory}: the archive is compressed, which can not be extracted yet: "
-                "unpack it (zstd -d, gunzip)"
-            )
         chosen = choose(images, only)
         manifest = inspection(images)
-        with _output(output) as target:
+        async with AsyncExitStack() as stack:
+            contents = await stack.enter_async_context(Unpacking.running(images, reading.directory))
+            target = stack.enter_context(_output(output))
             by_id = {ghost["id"]: ghost for ghost in manifest["ghosts"]}
             listed = [by_id[ghost.id] for ghost in chosen]
             content = 0
-            for ghost, entry in zip(chosen, listed, strict=True):
+            if images.unpacking:
+                # A packed archive is gone through forwards.
+                chosen.sort(key=lambda ghost: ghost.extents[0].position if ghost.extents else 0)
+            for ghost in chosen:
+                entry = by_id[ghost.id]
                 await anyio.lowlevel.checkpoint()
                 entry["extracted"] = None
                 if stat.S_ISREG(ghost.mode):
                     name = _name(images, ghost, entry["names"][0]["file"])
-                    await _extract_one(images, ghost, reading.directory, target, name)
+                    await _extract_one(images, ghost, reading.directory, target, name, contents)
                     entry["extracted"] = name
                     content += entry["content"]
             _write_manifest(
@@ -199,12 +201,19 @@ def _output(path: str) -> Iterator[_Output]:
 
 
 async def _extract_one(
-    images: Images, ghost: Ghost, directory: int, target: _Output, name: str
+    images: Images,
+    ghost: Ghost,
+    directory: int,
+    target: _Output,
+    name: str,
+    contents: Unpacking,
 ) -> None:
     with target.file(name) as fd:
         # What no extent covers stays a hole.
         os.ftruncate(fd, ghost.size)
-        if ghost.extents:
+        if ghost.extents and images.unpacking:
+            await _unpack(ghost, contents, fd)
+        elif ghost.extents:
             if images.unpacking is None:
                 image = _open_image(directory, ghost.file)
             else:
@@ -217,6 +226,24 @@ async def _extract_one(
                 os.close(image)
         if ghost.atime is not None and ghost.mtime is not None:
             os.utime(fd, ns=(ghost.atime * 1000, ghost.mtime * 1000))
+
+
+async def _unpack(ghost: Ghost, contents: Unpacking, fd: int) -> None:
+    """Have the content unpacked, and write it as it comes."""
+    stream = await contents.stream(ghost.extents)
+    try:
+        for extent in ghost.extents:
+            offset, end = extent.offset, extent.offset + extent.length
+            while offset < end:
+                await anyio.wait_readable(stream)
+                data = os.read(stream, min(end - offset, _PIECE))
+                if not data:
+                    cut = ImageError(ghost.file, None, "was cut while it was extracted")
+                    raise await contents.problem() or cut
+                write_all(fd, data, offset)
+                offset += len(data)
+    finally:
+        os.close(stream)
 
 
 def _open_image(directory: int, name: str) -> int:

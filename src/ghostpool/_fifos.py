@@ -8,16 +8,17 @@ are: with a writer alone, the bytes wait as before.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from ghostpool import _linux
 from ghostpool._batches import batches, failed, in_slots
 from ghostpool._ledger import Ledger
-from ghostpool._model import FifoData, GhostId
+from ghostpool._model import Extent, FifoData, GhostId
 from ghostpool._planned import Plan, PlannedGhost, PlannedOpen
 from ghostpool._pool import WorkerPool
-from ghostpool._protocol import FillOp
+from ghostpool._protocol import STREAMED, FillOp
 from ghostpool._workerclient import WorkerFailure
 
 _BATCH = 64
@@ -55,15 +56,25 @@ class FifoFiller:
             await self._fill_batch(slot, batch)
 
     async def _fill_batch(self, slot: int, fifos: Sequence[PlannedGhost]) -> None:
+        contents = self._pool.contents
         try:
-            _, ends = await self._pool.call(
-                slot,
-                "fill",
-                [tuple(self._fill_op(planned)) for planned in fifos],
-                target=fifos[0].mount.namespace.target.index,
-                mounts={planned.mount.service for planned in fifos},
-                fds=[self._pool.images],
-            )
+            images = self._pool.images
+            if contents is not None:
+                waited = [self._plan.fifos[planned.ghost.id] for planned in fifos]
+                runs = [Extent(0, one.length, one.position) for one in waited if one.length]
+                images = await contents.stream(runs) if runs else images
+            try:
+                _, ends = await self._pool.call(
+                    slot,
+                    "fill",
+                    [tuple(self._fill_op(planned)) for planned in fifos],
+                    target=fifos[0].mount.namespace.target.index,
+                    mounts={planned.mount.service for planned in fifos},
+                    fds=[images],
+                )
+            finally:
+                if images != self._pool.images:
+                    os.close(images)
         except WorkerFailure as error:
             file = fifos[max(0, error.failure.at)].ghost.file
             raise failed(error.failure, self._plan, file) from error
@@ -79,7 +90,7 @@ class FifoFiller:
             created.device,
             created.inode,
             _IMAGE if self._plan.images.unpacking is None else b"",
-            data.position,
+            data.position if self._pool.contents is None else STREAMED,
             data.length,
             data.pipe_size or 0,
             planned.times_ns,

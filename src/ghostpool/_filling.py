@@ -17,7 +17,7 @@ from ghostpool import _linux
 from ghostpool._directories import Directories
 from ghostpool._failed import Failed, Mismatch, Work
 from ghostpool._linux import INSIDE
-from ghostpool._protocol import FillOp
+from ghostpool._protocol import STREAMED, FillOp
 
 
 class FillWork(Work):
@@ -92,7 +92,10 @@ class FillWork(Work):
         try:
             # At most what a pipe may hold, which the plan has seen to.
             self._step = "read of the image"
-            data = os.pread(image, operation.length, operation.position)
+            if operation.position == STREAMED:
+                data = _read_all(image, operation.length)
+            else:
+                data = os.pread(image, operation.length, operation.position)
         finally:
             if operation.image:
                 os.close(image)
@@ -105,3 +108,11 @@ class FillWork(Work):
             written = 0
         if written != len(data):
             raise Mismatch(f"room: {len(data)} bytes waited in it, and {written} fit")
+
+
+def _read_all(stream: int, length: int) -> bytes:
+    """So many bytes of a stream; fewer if it ends."""
+    data = b""
+    while len(data) < length and (piece := os.read(stream, length - len(data))):
+        data += piece
+    return data

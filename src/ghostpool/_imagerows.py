@@ -10,7 +10,6 @@ rows, and made of them, is in _rebuild.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, Final
@@ -19,8 +18,6 @@ from ghostpool._model import Extent, Ghost, ImageMount, Images, RegFile, Task
 
 Rows = list[Any]
 
-LENGTH: Final = struct.Struct("<I")
-MAX_FRAME: Final = 4 << 20
 ASK: Final = 64
 """Images that the reader asks for at once."""
 BATCH: Final = 1000
@@ -184,4 +181,4 @@ _ROWS: Final[dict[str, Callable[[Any], Rows]]] = {
 """Those kinds whose values are not rows yet."""
 
 
-__all__ = ["ASK", "BATCH", "KINDS", "LENGTH", "MAX_FRAME", "Rows", "Telling", "rows_of"]
+__all__ = ["ASK", "BATCH", "KINDS", "Rows", "Telling", "rows_of"]

@@ -23,6 +23,7 @@ from ghostpool._model import MountHandle
 from ghostpool._process import Child, ForkServer
 from ghostpool._targets import Target
 from ghostpool._unbroken import unbroken
+from ghostpool._unpacking import Unpacking
 from ghostpool._workerclient import WorkerClient
 
 log = logging.getLogger("ghostpool")
@@ -78,7 +79,9 @@ class WorkerPool:
         self._acting: dict[int, tuple[int, int]] = {}
         self._watch: Callable[[Child], Awaitable[None]] | None = None
         self.images = -1
-        """Directory that ghost images are read from, lent to requests that create."""
+        """Directory or archive that ghost images are read from, lent to requests that create."""
+        self.contents: Unpacking | None = None
+        """Where they come from instead, if the archive is packed."""
         self.devshm = -1
         """The archive of /dev/shm, likewise, if there is one."""
         self._slots: list[WorkerClient | None] = [None] * jobs

@@ -108,6 +108,10 @@ class Room(NamedTuple):
     free_inodes: int
 
 
+STREAMED = -1
+"""In place of a position: what is handed over is a stream, which gives the bytes next."""
+
+
 class CreateOp(NamedTuple):
     """Make one ghost under a temporary name, through a service mount."""
 

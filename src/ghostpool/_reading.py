@@ -23,14 +23,15 @@ import anyio.lowlevel
 
 from ghostpool import _linux
 from ghostpool._channel import receive_some
-from ghostpool._confine import CPU_S, MEMORY
+from ghostpool._confine import CPU_S, MEMORY, unpacking_s
 from ghostpool._errors import ImageError, UnsupportedError
-from ghostpool._imagerows import ASK, LENGTH, MAX_FRAME
+from ghostpool._imagerows import ASK
 from ghostpool._imagesource import OPEN_FLAGS
 from ghostpool._limits import Limits, size_text
 from ghostpool._model import Images, Step
 from ghostpool._protocol import rights
 from ghostpool._rebuild import Rebuild
+from ghostpool._said import LENGTH, MAX_FRAME
 from ghostpool._startreader import Reading
 
 log = logging.getLogger("ghostpool")
@@ -62,7 +63,8 @@ async def read_apart(reading: Reading) -> Images:
         except anyio.EndOfStream:
             with anyio.move_on_after(STOP_S):
                 await anyio.wait_readable(pidfd)
-            raise ImageError(reading.path, None, _why_it_ended(pidfd)) from None
+            why = why_it_ended(pidfd, cpu_s=processor_s(reading.directory))
+            raise ImageError(reading.path, None, why) from None
         finally:
             _kill(pidfd)
             with anyio.move_on_after(STOP_S, shield=True):
@@ -95,16 +97,24 @@ def _kill(pidfd: int) -> None:
         pass
 
 
-def _why_it_ended(pidfd: int) -> str:
+def processor_s(images: int) -> int:
+    """Seconds of processor time that reading a directory or an archive may take."""
+    status = os.fstat(images)
+    return unpacking_s(status.st_size) if stat.S_ISREG(status.st_mode) else CPU_S
+
+
+def why_it_ended(
+    pidfd: int, text: str = "the process that reads the images", cpu_s: int = CPU_S
+) -> str:
+    """How a process that was to answer, and that `text` names, came to an end."""
     try:
         status = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
         status = None
-    text = "the process that reads the images"
     if status is None or status.si_code == os.CLD_EXITED:
         return f"{text} ended without an answer"
     if status.si_status == signal.SIGXCPU:
-        return f"{text} needed more than {CPU_S} s of processor time"
+        return f"{text} needed more than {cpu_s} s of processor time"
     name = signal.Signals(status.si_status).name
     memory = " (is the machine out of memory?)" if status.si_status == signal.SIGKILL else ""
     return f"{text} was ended by {name}{memory}"
@@ -266,4 +276,4 @@ def _is_component(name: Any) -> bool:
         return False
 
 
-__all__ = ["read_apart"]
+__all__ = ["SILENCE_S", "STOP_S", "processor_s", "read_apart", "why_it_ended"]

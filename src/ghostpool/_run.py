@@ -37,7 +37,6 @@ from ghostpool._errors import (
     GhostpoolError,
     PlanError,
     SandboxError,
-    UnsupportedError,
     first_cause,
     reportable,
 )
@@ -64,6 +63,7 @@ from ghostpool._startreader import Reading, start_reading
 from ghostpool._survey import Survey, read_tables
 from ghostpool._targets import Target, adopt, distinct, pin, places, resolve_namespaces
 from ghostpool._unbroken import unbroken
+from ghostpool._unpacking import Unpacking
 
 if TYPE_CHECKING:
     from ghostpool._events import Planned
@@ -316,9 +316,8 @@ async def prepared(
         try:
             images, tables = await _read(reading, pool, targets)
             if images.unpacking:
-                raise UnsupportedError(
-                    f"{images.directory}: the archive is compressed, which can not be restored "
-                    "yet: unpack it (zstd -d, gunzip)"
+                pool.contents = await stack.enter_async_context(
+                    Unpacking.running(images, reading.directory)
                 )
             by_id = _resolved(request, images, pinned)
             if not by_id:

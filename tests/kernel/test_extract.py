@@ -69,8 +69,9 @@ def test_what_it_writes_is_what_the_images_hold(case: str, tmp_path: Path) -> No
     check(case, tmp_path / "out")
 
 
-def test_from_an_archive(tmp_path: Path) -> None:
-    images = packed(CORPUS / "03-sparse" / "images", "podman", tmp_path / "archive")
+@pytest.mark.parametrize("how", ["podman", "podman-gzip", "podman-zstd", "oci"])
+def test_from_an_archive(how: str, tmp_path: Path) -> None:
+    images = packed(CORPUS / "03-sparse" / "images", how, tmp_path / "archive")
     extract(images, tmp_path / "out")
     check("03-sparse", tmp_path / "out")
 

@@ -20,7 +20,7 @@ import pytest
 from ghostpool import _linux
 from ghostpool._mountinfo import LiveMount
 from ghostpool.testing._targets import built
-from tests.support.archives import packed
+from tests.support.archives import PACKED, packed
 from tests.support.corpus import CORPUS, corpus
 from tests.support.namespaces import mountinfo
 from tests.support.restore import (
@@ -388,7 +388,7 @@ def test_into_namespaces_of_the_truth(case: str, jobs: int, strategy: str, tmp_p
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("how", ["podman", "crio", "containerd"])
+@pytest.mark.parametrize("how", PACKED)
 @pytest.mark.parametrize("case", CASES)
 def test_from_an_archive(case: str, how: str, tmp_path: Path) -> None:
     """So they do with the same images in a checkpoint archive, whatever its name says it is."""

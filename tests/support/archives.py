@@ -142,6 +142,39 @@ def oci(images: Path) -> bytes:
     return tar(oci_members(images))
 
 
+def with_large_ghost(images: Path, packing: str, size: int, to: Path) -> Path:
+    """An archive of images whose ghost 1, as the last of them, gets `size` bytes of zeros.
+
+    In a piece of 1 MiB a frame, of which any number is one stream, and as a hole where nothing
+    is packed: it takes neither time nor space.
+    """
+    pack = {"gzip": lambda data: gzip.compress(data, 1, mtime=0), "zstd": zstd_frame}.get(packing)
+    name = "checkpoint/ghost-file-1.img"
+    members = dict(images_below(images))
+    head = members.pop(name)
+    assert head is not None
+    whole = tar(members.items())
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        last = archive.getmembers()[-1]
+    before = whole[: last.offset_data + -(-last.size // 512) * 512]
+    info = tarfile.TarInfo(name)
+    info.size = len(head) + size
+    before += info.tobuf(tarfile.PAX_FORMAT) + head
+    after = bytes(-info.size % 512 + 1024)
+    with to.open("wb") as file:
+        if pack is None:
+            file.write(before)
+            file.seek(size, 1)
+            file.write(after)
+        else:
+            piece = pack(bytes(1 << 20))
+            file.write(pack(before))
+            for _ in range(size >> 20):
+                file.write(piece)
+            file.write(pack(after))
+    return to
+
+
 PACKED: dict[str, Callable[[Path], bytes]] = {
     "podman": podman,
     "podman-gzip": lambda images: gzip.compress(podman(images), mtime=0),
