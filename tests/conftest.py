@@ -143,6 +143,15 @@ def _lacks_userns() -> str | None:
 
 
 @cache
+def _lacks_idmapped() -> str | None:
+    if problem := lacks_mount_namespaces():
+        return problem
+    from tests.support import idmapped  # a copy of this file has no such neighbour
+
+    return idmapped.lacks()
+
+
+@cache
 def _lacks_runtime(name: str) -> str | None:
     if problem := lacks_mount_namespaces():
         return problem
@@ -162,6 +171,7 @@ _CAPABILITIES: dict[str, tuple[Callable[[], str | None], str]] = {
     "needs_crun": (partial(_lacks_runtime, "crun"), "crun and busybox, to run a container"),
     "needs_runc": (partial(_lacks_runtime, "runc"), "runc and busybox, to run a container"),
     "needs_cc": (_lacks_cc, "a C compiler"),
+    "needs_idmapped": (_lacks_idmapped, "idmapped mounts of a tmpfs, and Linux 6.15"),
     "needs_userns": (_lacks_userns, "user namespaces for ordinary users"),
 }
 

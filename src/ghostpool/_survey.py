@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import anyio
 import anyio.to_thread
 
-from ghostpool import _room
+from ghostpool import _linux, _room
 from ghostpool._apart import apart
-from ghostpool._errors import MountNotFound, Overmounted, PlanError, leaves
+from ghostpool._errors import MountNotFound, Overmounted, PlanError, UnsupportedError, leaves
 from ghostpool._lending import lend
 from ghostpool._linkremaps import Place
 from ghostpool._match import Namespace
@@ -30,6 +30,7 @@ from ghostpool._pool import WorkerPool
 from ghostpool._protocol import Failure, Found, Look, MountFacts, Room
 from ghostpool._skipping import without
 from ghostpool._targets import Target
+from ghostpool._userns import IdMap, IdMaps
 from ghostpool._workerclient import WorkerFailure
 
 _BATCH = 200
@@ -100,6 +101,9 @@ class Survey:
         self._locked.clear()
         self._admit(planner)
         await self._open_mounts(planner)
+        for planned in planner.mounts:
+            if planned.mount.idmapped:
+                self._read_idmap(planner, planned)
         if self._locked:
             await lend(self._pool, namespaces.values(), self._locked, planner.refuse_mount)
         looks = await self._look(planner)
@@ -107,6 +111,18 @@ class Survey:
         plan = await apart(lambda: planner.finish(looks, found), pieces)
         await self._check_room(planner, plan)
         return plan
+
+    def _read_idmap(self, planner: Planner, planned: PlannedMount) -> None:
+        namespace = _linux.mount_namespace_id(planned.namespace.target.fd)
+        try:
+            maps = _linux.idmap_of(self.identities[planned.handle], namespace)
+        except OSError:
+            maps = None
+        if maps is None:
+            problem = "an idmapped mount, whose ids only Linux 6.15 and later tell"
+            planner.refuse_mount(planned, UnsupportedError(problem))
+        else:
+            planned.idmap = IdMaps(IdMap.parse(maps[0]), IdMap.parse(maps[1]))
 
     def _slot(self, target: Target) -> int:
         return target.index % self._pool.jobs

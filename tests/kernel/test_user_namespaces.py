@@ -20,7 +20,7 @@ from tests.support.imagewriter import ImageSet
 from tests.support.live import ROOT, RUN_S, host_programs, live, read_only, run
 from tests.support.usernamespaces import container, copied, owners_inside, seen_inside
 
-pytestmark = pytest.mark.needs_mount_ns
+pytestmark = [pytest.mark.needs_mount_ns, pytest.mark.long]
 O_DIRECTORY, O_PATH, O_NOFOLLOW = 0o300000, 0o12000000, 0o500000
 
 
