@@ -392,3 +392,46 @@ def test_a_failure_on_a_locked_mount_is_undone(tmp_path: Path) -> None:
         done = run("restore", *where(tmp_path, target, host), "--discard", "--allow-devices")
         assert done.status == 1, done
         assert before == [one.snapshot().without_directory_times() for one in (host, target)]
+
+
+# -- One ghost in several user namespaces ---------------------------------------------------------
+
+
+def shared(directory: Path) -> Path:
+    """One ghost that two tasks hold, in two namespaces: writable in the first, not in the other."""
+    made = ImageSet(own_user_namespace=True)
+    for number in (10, 11):
+        made.mount("/", ns=number)
+        made.mount("/data", ns=number, flags=0x200000 + number - 10)
+    made.task(1)
+    made.task(2, ns=11)
+    ghost = made.ghost(b"content", uid=1000, gid=100)
+    made.open(1, 3, "/data/away/gone", ghost=ghost)
+    made.open(2, 3, "/data/gone", ghost=ghost)
+    return made.write(directory)
+
+
+def test_a_ghost_that_tasks_of_two_user_namespaces_hold(tmp_path: Path) -> None:
+    """With the same maps both see its owner, though one mount is writable and one is not."""
+    with live([WRITABLE]) as (host,):
+        host.run(chown_all)
+        with copied(host) as first, copied(host, setup=make_read_only) as second:
+            before = [one.snapshot().without_directory_times() for one in (first, second)]
+            options = where(shared(tmp_path), first, second)
+            done = run("restore", *options, "--discard")
+            assert done.status == 0, done
+            assert before == [one.snapshot().without_directory_times() for one in (first, second)]
+            assert run("restore", *options, "--keep").status == 0
+            assert owners_inside(first, ["/data/away/gone"])["/data/away/gone"] == (1000, 100)
+            assert owners_inside(second, ["/data/gone"])["/data/gone"] == (1000, 100)
+
+
+def test_two_user_namespaces_that_would_need_two_owners(tmp_path: Path) -> None:
+    with live([WRITABLE]) as (host,):
+        others = ("0 300000 65536", "0 300000 65536")
+        with copied(host) as first, copied(host, others, make_read_only) as second:
+            before = [one.snapshot() for one in (first, second)]
+            done = run("restore", *where(shared(tmp_path), first, second), "--discard")
+            assert done.status == 2, done
+            assert "would have to be somebody else through each of its mounts" in done.err
+            assert before == [one.snapshot() for one in (first, second)]
