@@ -72,6 +72,7 @@ if TYPE_CHECKING:
         RegFile,
         RegId,
         Remap,
+        Socket,
         Task,
     )
     from ghostpool._mountinfo import LiveMount
@@ -173,6 +174,7 @@ __all__ = [
     "Sandbox",
     "SandboxError",
     "Site",
+    "Socket",
     "Target",
     "Task",
     "TaskArrived",
@@ -256,6 +258,7 @@ _HOME_OF = {
     "RegFile": "_model",
     "RegId": "_model",
     "Remap": "_model",
+    "Socket": "_model",
     "Report": "_report",
     "RestoreError": "_errors",
     "RestoredRun": "_openrestore",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+from _socket import SOCK_DGRAM, SOCK_SEQPACKET, SOCK_STREAM
 
 from ghostpool._errors import (
     HostNamespace,
@@ -15,18 +16,23 @@ from ghostpool._errors import (
     ReadOnlySuperblock,
     UnsupportedError,
 )
+from ghostpool._limits import NAME_LIMIT
 from ghostpool._linux import Attr
 from ghostpool._match import Site
-from ghostpool._model import FifoData, Ghost, Linked, RegFile
+from ghostpool._model import FifoData, Ghost, Linked, RegFile, Socket
 from ghostpool._mountinfo import LiveMount
 from ghostpool._ownership import no_such_owner
 from ghostpool._paths import text
 from ghostpool._planned import Policy
+from ghostpool._userns import IdMaps
 
 _TMPFILE_BIT = os.O_TMPFILE & ~os.O_DIRECTORY
 _DROPPED_FLAGS = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_CLOEXEC
 _DEVICES = frozenset((stat.S_IFCHR, stat.S_IFBLK))
 _SETID = stat.S_ISUID | stat.S_ISGID
+_SOCKETS = frozenset((SOCK_STREAM, SOCK_DGRAM, SOCK_SEQPACKET))
+_CLOSED, _LISTENING = 7, 10
+_EXTERNAL, _SERVICE = 1, 2
 _NEW_PIPE = 16 * os.sysconf("SC_PAGE_SIZE")
 _MOST_EXTENTS = 250_000
 """What fits one request to a worker; 1 GiB of which every other block is a hole has as many."""
@@ -111,6 +117,38 @@ def check_fifo(data: FifoData, ghost: Ghost, policy: Policy) -> FifoData:
     if size is None:
         return data._replace(pipe_size=data.length if data.length > _NEW_PIPE else None)
     return data._replace(pipe_size=min(size, limit))
+
+
+def why_not_bound(socket: Socket) -> str | None:
+    """Why a socket can not be restored; None: it can."""
+    last = socket.name.rpartition(b"/")[2]
+    if len(socket.name) >= NAME_LIMIT or last in (b"", b".", b".."):
+        return "it can not be bound by its name"
+    if socket.kind & (_EXTERNAL | _SERVICE) or socket.type not in _SOCKETS:
+        return "it is not one of the dumped tasks' own"
+    if socket.peer or socket.state not in (_CLOSED, _LISTENING):
+        return "it is connected, and its peer can not be restored"
+    if socket.listening and socket.type == SOCK_DGRAM:
+        return "it listens, which its type can not"
+    return None
+
+
+def owned(socket: Socket, ids: IdMaps | None, policy: Policy) -> Socket:
+    """A socket with the owner of its name as we see him; `ids` are the maps of its tasks' user
+    namespace. PlanError: there is none."""
+    if socket.owner is None or policy.own_owner:
+        return socket
+    mode, uid, gid = socket.owner
+    if ids is None:
+        if not policy.mapped(uid, gid):
+            raise no_such_owner(uid, gid)
+        return socket
+    outside = ids.outside(uid, gid)
+    if outside is None:
+        raise PlanError(
+            f"its owner {uid}:{gid} has no id in the user namespace of its task ({ids})"
+        )
+    return socket._replace(owner=(mode, *outside))
 
 
 def open_flags(file: RegFile, ghost: Ghost | Linked, mount: LiveMount) -> int:

@@ -97,6 +97,7 @@ NEEDED: dict[str, int] = {
     "create": int(_FILES | Cap.MKNOD),
     "place": _NAMES,
     "fill": _NAMES,
+    "bind": int(_MOUNTS | Cap.SYS_CHROOT | _FILES),
     "open": _NAMES,
     "open_discarded": _NAMES,
     "sweep": _NAMES,

@@ -11,6 +11,7 @@ Source: CRIU 4.2, images/fdinfo.proto, regfile.proto, fifo.proto, tty.proto, sk-
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -18,8 +19,8 @@ from typing import Any, Final
 
 from ghostpool._errors import ImageError
 from ghostpool._imagefile import ImageDirectory
-from ghostpool._limits import TEXT_LIMIT
-from ghostpool._model import FifoData, RegFile, RegId, maker
+from ghostpool._limits import NAME_LIMIT, TEXT_LIMIT, YEAR_US
+from ghostpool._model import FifoData, RegFile, RegId, Socket, maker
 from ghostpool._paths import is_image_path
 
 # enum fd_types, and the field of file_entry that holds the details.
@@ -49,6 +50,7 @@ _LISTS: Final = {
     17: "timerfd",
 }
 
+_U32: Final = (1 << 32) - 1
 _make_reg: Final = maker(RegFile)
 _NO_SEEK: Final = (1 << 64) - 1
 _NO_MOUNT: Final = -1
@@ -66,7 +68,8 @@ class FileTable:
     """(type, id) of every other file, and the reg file behind it, if any."""
     pipes: dict[int, RegId] = field(default_factory=dict)
     """Reg file of the first fifo in the image with a pipe_id."""
-    deleted_sockets: list[bytes] = field(default_factory=list)
+    sockets: dict[RegId, Socket] = field(default_factory=dict)
+    """Bound UNIX sockets whose names are gone."""
 
     def image(self, kind: int = FD_TYPE_REG) -> str:
         """The image that files of a kind are in, or would be."""
@@ -78,6 +81,7 @@ def read_files(source: ImageDirectory, flags_of: Callable[[int], int] | None = N
     name = "files.img"
     files = FileTable()
     satellites: list[tuple[int, int, Any]] = []
+    sockets: list[tuple[int, Any]] = []
     regs, others = files.regs, files.others
     for number, entry in enumerate(source.records(name, "files")):
         kind, ident = entry.type, entry.id
@@ -102,21 +106,40 @@ def read_files(source: ImageDirectory, flags_of: Callable[[int], int] | None = N
         if kind != _UNIXSK:
             satellites.append((number, kind, inner))
         elif inner.deleted:
-            files.deleted_sockets.append(_socket_name(inner))
+            sockets.append((number, inner))
     if not regs and not others:
-        satellites = _read_lists(source, files, flags_of)
+        satellites = _read_lists(source, files, sockets, flags_of)
     if not regs and not others:
         state = "holds no file" if name in source.names else "is missing"
         raise ImageError(name, None, f"{state}, but every task has files")
     for number, kind, inner in satellites:
         _follow(number, kind, inner, files)
+    _number_sockets(sockets, files, flags_of)
     return files
 
 
+def _number_sockets(
+    sockets: list[tuple[int, Any]], files: FileTable, flags_of: Callable[[int], int] | None
+) -> None:
+    """Note the sockets, each by a number that is no reg file's."""
+    free = itertools.count(_U32, -1)
+    taken = files.regs.keys() | {inner.id for _, inner in sockets} if sockets else ()
+    for number, inner in sockets:
+        own = inner.id
+        if own in files.regs:
+            own = next(other for other in free if other not in taken)
+        socket = _socket(files.image(_UNIXSK), number, RegId(own), inner, flags_of)
+        files.sockets[socket.id] = socket
+        files.others[_UNIXSK, inner.id] = socket.id
+
+
 def _read_lists(
-    source: ImageDirectory, files: FileTable, flags_of: Callable[[int], int] | None
+    source: ImageDirectory,
+    files: FileTable,
+    sockets: list[tuple[int, Any]],
+    flags_of: Callable[[int], int] | None,
 ) -> list[tuple[int, int, Any]]:
-    """Read the lists of CRIU before 3.4; the satellites are followed later, as above."""
+    """Read the lists of CRIU before 3.4; satellites and sockets are followed later, as above."""
     satellites = []
     files.listed = "reg-files.img" in source.names
     for kind, listed in _LISTS.items() if files.listed else ():
@@ -133,7 +156,7 @@ def _read_lists(
             if kind in (FD_TYPE_FIFO, _TTY):
                 satellites.append((number, kind, inner))
             elif kind == _UNIXSK and inner.deleted:
-                files.deleted_sockets.append(_socket_name(inner))
+                sockets.append((number, inner))
     return satellites
 
 
@@ -178,10 +201,34 @@ def _reg(name: str, number: int, entry: Any, flags_of: Callable[[int], int] | No
     )
 
 
-def _socket_name(entry: Any) -> bytes:
+def _socket(
+    file: str, record: int, ident: RegId, entry: Any, flags_of: Callable[[int], int] | None
+) -> Socket:
     name: bytes = entry.name.rstrip(b"\0")
-    base: bytes = entry.name_dir
-    return name if name.startswith(b"/") or not base else base + b"/" + name
+    if not name or b"\0" in name or len(name) > NAME_LIMIT or len(entry.name_dir) > TEXT_LIMIT:
+        raise ImageError(file, record, f"{name[:80]!r} is no name that a socket was bound to")
+    perms, opts = entry.file_perms, entry.opts
+    flags = entry.flags if flags_of is None else flags_of(entry.flags)
+    return Socket(
+        *(ident, entry.type, entry.state, flags, entry.uflags, entry.backlog, entry.peer),
+        shutdown=entry.shutdown & 3,
+        name=name,
+        directory=entry.name_dir.rstrip(b"\0"),
+        owner=(perms.mode, perms.uid, perms.gid) if entry.HasField("file_perms") else None,
+        options=(
+            opts.so_sndbuf,
+            opts.so_rcvbuf,
+            _microseconds(opts.so_snd_tmo_sec, opts.so_snd_tmo_usec),
+            _microseconds(opts.so_rcv_tmo_sec, opts.so_rcv_tmo_usec),
+            opts.so_passcred,
+            opts.so_passsec,
+        ),
+    )
+
+
+def _microseconds(seconds: int, micros: int) -> int:
+    """A time limit; one that no kernel would take is a year."""
+    return min(seconds * 1_000_000 + micros, YEAR_US)
 
 
 def read_fifo_data(source: ImageDirectory, files: FileTable) -> dict[RegId, FifoData]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, Final
 
-from ghostpool._model import Extent, Ghost, ImageMount, Images, RegFile, Task
+from ghostpool._model import Extent, Ghost, ImageMount, Images, RegFile, Socket, Task
 
 Rows = list[Any]
 
@@ -26,6 +26,7 @@ KINDS: Final = (
     "head",
     "mounts",
     "files",
+    "sockets",
     "remaps",
     "descriptors",
     "tasks",
@@ -33,7 +34,6 @@ KINDS: Final = (
     "ghosts",
     "extents",
     "fifos",
-    "sockets",
     "devshm",
     "end",
 )
@@ -88,7 +88,6 @@ class Telling:
         """All that comes after the ghosts, and the end."""
         self._tell("extents", _further_extents(images))
         self._tell("fifos", ([reg, *data] for reg, data in images.fifo_data.items()))
-        self._tell("sockets", map(_plain, images.deleted_sockets))
         if images.devshm is not None:
             files = images.devshm.values()
             self._tell("devshm", ([_plain(file.name), *file[1:]] for file in files))
@@ -106,6 +105,7 @@ def rows_of(images: Images) -> list[tuple[str, Rows]]:
     telling("head", (images.root_namespace, images.own_user_namespace))
     telling("mounts", (mount for table in images.mounts.values() for mount in table))
     telling("files", images.files.values())
+    telling("sockets", images.sockets.values())
     telling("remaps", images.remaps)
     telling("tasks", images.tasks)
     telling("ghosts", images.ghosts.values())
@@ -145,6 +145,11 @@ def _file(file: RegFile) -> Rows:
     return [ident, flags, position, name.decode("latin-1"), mnt_id, size, mode, external]
 
 
+def _socket(socket: Socket) -> Rows:
+    *numbers, name, directory, owner, options = socket
+    return [*numbers, _plain(name), _plain(directory), owner, options]
+
+
 def _ghost(ghost: Ghost) -> Rows:
     ident, mode, uid, gid, atime, mtime, size, extents, rdev, target = ghost
     link = None if target is None else _plain(target)
@@ -175,6 +180,7 @@ def _descriptors(tasks: Iterable[Task], tables: dict[int, int]) -> Iterator[Rows
 _ROWS: Final[dict[str, Callable[[Any], Rows]]] = {
     "mounts": _mount,
     "files": _file,
+    "sockets": _socket,
     "remaps": list,
     "ghosts": _ghost,
 }

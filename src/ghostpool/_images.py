@@ -122,6 +122,7 @@ def _read(
     told("head", (root.ids.mnt_ns_id if own_mounts else HOST_NS, own_user_namespace))
     told("mounts", chain.from_iterable(mounts.values()))
     told("files", files.regs.values())
+    told("sockets", files.sockets.values())
     remaps = read_remaps(source, files)
     check_remapped(remaps, files, mounts)
     told("remaps", remaps)
@@ -139,7 +140,7 @@ def _read(
         root_namespace=tasks[0].namespace,
         own_user_namespace=own_user_namespace,
         fifo_data=read_fifo_data(source, files),
-        deleted_sockets=tuple(files.deleted_sockets),
+        sockets=files.sockets,
     )
 
 

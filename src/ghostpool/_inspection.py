@@ -200,7 +200,7 @@ def _mount(mounts: dict[MntId, ImageMount], number: MntId | None) -> dict[str, A
 
 
 def _socket_names(images: Images) -> list[str]:
-    return [text(name) for name in images.deleted_sockets]
+    return [text(socket.path) for socket in images.sockets.values()]
 
 
 __all__ = ["MOST_HOLDERS", "SCHEMA", "inspection", "kind_of", "spelled"]

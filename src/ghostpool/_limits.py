@@ -23,6 +23,11 @@ _LONG: Final = frozenset(("core", "mm", "files"))
 TEXT_LIMIT: Final = 65535
 """Longest root, source or option string of a mount, in bytes; PATH_MAX and a page in the kernel."""
 
+NAME_LIMIT: Final = 108
+"""Longest name of a UNIX socket, in bytes: sun_path of unix(7)."""
+YEAR_US: Final = 366 * 24 * 3600 * 1_000_000
+"""Longest time limit of a socket, in microseconds."""
+
 _DUMP_LESS: Final = "dump fewer tasks at once"
 _SIZE: Final = re.compile(r"([0-9]+)([KMGTP]?)(?:i?B)?", re.IGNORECASE)
 
@@ -187,8 +192,10 @@ def _raise(size: int) -> str:
 
 __all__ = [
     "LONG_RECORD_LIMIT",
+    "NAME_LIMIT",
     "RECORD_LIMIT",
     "TEXT_LIMIT",
+    "YEAR_US",
     "Limits",
     "Tally",
     "beyond",

@@ -197,8 +197,50 @@ class FifoData(NamedTuple):
     """Size of the pipe's buffer in bytes, if the image says so."""
 
 
+class Socket(NamedTuple):
+    """One unix_sk_entry: a bound UNIX socket whose name was gone."""
+
+    id: RegId
+    """Its file id, or another number if a reg file has that one (before CRIU 3.6)."""
+    type: int
+    """SOCK_STREAM, SOCK_DGRAM or SOCK_SEQPACKET."""
+    state: int
+    """The kernel's TCP_CLOSE (7) or TCP_LISTEN (10); or it is connected."""
+    flags: int
+    """Of open(2), as dumped."""
+    kind: int
+    """CRIU's USK_* flags: 1, external; 2, of CRIU itself; 4, left to a plugin."""
+    backlog: int
+    """Of listen(2)."""
+    peer: int
+    """Inode number of the socket that it is connected to, or 0."""
+    shutdown: int
+    """What was shut down: 1 for reading, 2 for writing, 3 for both, 0 for neither."""
+    name: bytes
+    """What bind(2) was given, which is what getsockname(2) says."""
+    directory: bytes
+    """What a relative name is relative to, if the image says so."""
+    owner: tuple[int, int, int] | None
+    """Mode, uid and gid of the name, if the image says so."""
+    options: tuple[int, int, int, int, bool, bool]
+    """Bytes of the buffers for sending and for receiving, time limits of the same in microseconds
+    (0: none), SO_PASSCRED, SO_PASSSEC."""
+
+    @property
+    def listening(self) -> bool:
+        """It was listening."""
+        return self.state == 10
+
+    @property
+    def path(self) -> bytes:
+        """Its name from the root, as far as it is known."""
+        name = self.name
+        return name if name.startswith(b"/") or not self.directory else self.directory + b"/" + name
+
+
 class Descriptor(NamedTuple):
-    """One row of a task's fdinfo that leads to a reg file (directly, or as a fifo or tty)."""
+    """One row of a task's fdinfo that leads to a reg file (directly, or as a fifo or tty), or to a
+    UNIX socket whose name was gone."""
 
     number: int
     """The descriptor in the task."""
@@ -225,7 +267,8 @@ class Task(NamedTuple):
     parent: Pid
     namespace: NsId
     descriptors: Sequence[Descriptor]
-    """Those that lead to reg files, by number; sockets, pipes and the rest are left out."""
+    """Those that lead to reg files, or to sockets of `Images.sockets`, by number; other sockets,
+    pipes and the rest are left out."""
     holders: tuple[Holder, ...] = ()
 
 
@@ -287,8 +330,8 @@ class Images(NamedTuple):
     """Ids in the images are those inside a dumped user namespace."""
     fifo_data: Mapping[RegId, FifoData] = MappingProxyType({})
     """What waited in fifos, by the first reg file in the image that the fifo was opened through."""
-    deleted_sockets: tuple[bytes, ...] = ()
-    """Names of bound UNIX sockets whose path was gone."""
+    sockets: Mapping[RegId, Socket] = MappingProxyType({})
+    """Bound UNIX sockets whose names were gone; their ids are those of no reg file."""
     unpacking: tuple[Step, ...] | None = None
     """None: the images are files of a directory. Else they are members of an archive, and the
     position of an extent is one in what comes out of the archive after these steps."""

@@ -26,7 +26,9 @@ from ghostpool._admission import (
     check_mount,
     is_privileged,
     open_flags,
+    owned,
     privileges_of,
+    why_not_bound,
 )
 from ghostpool._errors import (
     GhostpoolError,
@@ -38,6 +40,7 @@ from ghostpool._keys import Keys, holders_of
 from ghostpool._linkremaps import LinkRemaps, Place
 from ghostpool._match import Matcher, Namespace, Site
 from ghostpool._model import (
+    Descriptor,
     Ghost,
     GhostId,
     Images,
@@ -173,8 +176,12 @@ class Planner:
     def _collect(self) -> None:
         files = self._images.files
         held: dict[RegId, bool] = {}  # and whether as a fifo
+        sockets = self._images.sockets
         for task in self._images.tasks:
-            for descriptor in task.descriptors:
+            rows: Iterable[Descriptor] = task.descriptors
+            if sockets:
+                rows = [row for row in rows if row.reg_id not in sockets]
+            for descriptor in rows:
                 held.setdefault(files[descriptor.reg_id].id, descriptor.fifo)
         for remap in self._images.remaps:
             file = self._images.files[remap.origin]
@@ -183,10 +190,8 @@ class Planner:
             except GhostpoolError as error:
                 self.refuse(f"{text(file.name)} (file id {file.id})", error, [file.id])
         self._list_privileged()
-        self._plan.warnings += [
-            f"{text(name)}: a bound UNIX socket whose name is gone is not restored yet"
-            for name in self._images.deleted_sockets
-        ]
+        if self._images.sockets:
+            self._collect_sockets()
 
     def _list_privileged(self) -> None:
         """Each such ghost once, by the first of its names, refused for another reason or not."""
@@ -249,6 +254,30 @@ class Planner:
         if self._first.setdefault(ghost.id, opening) is not opening:
             self._more.setdefault(ghost.id, []).append(opening)
 
+    def _collect_sockets(self) -> None:
+        holders: dict[RegId, NsId] = {}
+        for task in self._images.tasks:
+            for row in task.descriptors:
+                holders.setdefault(row.reg_id, task.namespace)
+        for socket in self._images.sockets.values():
+            holder = holders.get(socket.id)
+            why = why_not_bound(socket)
+            if holder is None:
+                why = "no descriptor of a task leads to it"
+            elif self._policy.keep:
+                why = "it is nowhere if nobody holds it"
+            elif why is None:
+                ids = self._namespaces[holder].target.ids
+                try:
+                    self._plan.sockets[socket.id] = owned(socket, ids, self._policy)
+                except PlanError as error:
+                    self.refuse(text(socket.path), error, [socket.id])
+            if why is not None:
+                self._plan.warnings.append(
+                    f"{text(socket.path)}: a UNIX socket whose name is gone, which is left out: "
+                    f"{why}"
+                )
+
     def _collect_fifo(self, file: RegFile, ghost: Ghost | Linked) -> None:
         length = self._images.fifo_data[file.id].length
         if isinstance(ghost, Linked):
@@ -308,7 +337,11 @@ class Planner:
     def counts(self, files: Files) -> Counts:
         """How much there is to hold open; of the files themselves, what `files` says."""
         numbers = [
-            [d.number for d in task.descriptors if d.reg_id in self._openings]
+            [
+                d.number
+                for d in task.descriptors
+                if d.reg_id in self._openings or d.reg_id in self._plan.sockets
+            ]
             + [key.number for key in self._keys.of_task(task)]
             for task in self._images.tasks
         ]
@@ -316,7 +349,7 @@ class Planner:
             namespaces=len({n.target.index for n in self._namespaces.values()}),
             mounts=len(self._plan.mounts),
             opens=len(self._openings),
-            held=self._held(files) + len(self._plan.fifos),
+            held=self._held(files) + len(self._plan.fifos) + len(self._plan.sockets),
             directories=len(self._wanted),
             tasks=len(self._images.tasks),
             most_of_task=max(map(len, numbers), default=0),

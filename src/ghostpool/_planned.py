@@ -27,6 +27,7 @@ from ghostpool._model import (
     MountHandle,
     RegFile,
     RegId,
+    Socket,
     Task,
     service_of,
 )
@@ -399,6 +400,8 @@ class Plan:
     """Who is made owner, of ghosts whose ids are others where they are made; see _ownership."""
     acting: dict[int, tuple[int, int]] = field(default_factory=dict)
     """By target: whom workers make files as, where it can not be ghostpool's user."""
+    sockets: dict[RegId, Socket] = field(default_factory=dict)
+    """UNIX sockets that are bound anew."""
     tasks: list[PlannedTask] = field(default_factory=list)
     privileged: list[Privileged] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)

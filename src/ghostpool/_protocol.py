@@ -181,6 +181,25 @@ class FillOp(NamedTuple):
     times: tuple[int, int] | None
 
 
+class BindOp(NamedTuple):
+    """Make a UNIX socket and bind it to a name that is gone at once."""
+
+    name: bytes
+    """As bind(2) takes it."""
+    type: int
+    """SOCK_STREAM, SOCK_DGRAM or SOCK_SEQPACKET."""
+    backlog: int | None
+    """Of listen(2); None: it does not listen."""
+    shutdown: int
+    """What was shut down: 1 for reading, 2 for writing, 3 for both, 0 for neither."""
+    nonblocking: bool
+    owner: tuple[int, int, int] | None
+    """Mode, uid and gid of the name, if they are known."""
+    options: tuple[int, int, int, int, bool, bool]
+    """Sizes of the buffers for sending and receiving, the same of time limits in microseconds,
+    SO_PASSCRED, SO_PASSSEC."""
+
+
 class OpenOp(NamedTuple):
     """Give a ghost its old name, open it through the task's mount, take the name away again."""
 

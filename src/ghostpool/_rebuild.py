@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import stat
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from operator import lt
 from typing import Any, Final, Literal, TypeVar
@@ -18,7 +19,7 @@ from typing import Any, Final, Literal, TypeVar
 from ghostpool._columns import Columns, numbers
 from ghostpool._errors import ImageError
 from ghostpool._imagerows import BATCH, KINDS, Rows
-from ghostpool._limits import TEXT_LIMIT, Limits, Tally
+from ghostpool._limits import NAME_LIMIT, TEXT_LIMIT, YEAR_US, Limits, Tally
 from ghostpool._model import (
     GHOST_KINDS,
     HOST_NS,
@@ -38,6 +39,7 @@ from ghostpool._model import (
     RegId,
     Remap,
     ShmFile,
+    Socket,
     Task,
     maker,
 )
@@ -203,7 +205,7 @@ class Rebuild:
         self._tasks: dict[Pid, tuple[Pid, NsId, int]] = {}
         self._holders: dict[Pid, dict[str, Holder]] = {}
         self._fifos: dict[RegId, FifoData] = {}
-        self._sockets: list[bytes] = []
+        self._sockets: dict[RegId, Socket] = {}
         self._devshm: dict[bytes, ShmFile] | None = None
 
     @property
@@ -274,7 +276,7 @@ class Rebuild:
             root_namespace=self._root_namespace,
             own_user_namespace=self._own_user_namespace,
             fifo_data=self._fifos,
-            deleted_sockets=tuple(self._sockets),
+            sockets=self._sockets,
             devshm=self._devshm,
         )
 
@@ -393,7 +395,10 @@ class Rebuild:
         tables, own, files, close_on_exec, fifo = _columns(rows, 5)
         _numbers(tables)
         _numbers(own, _U31)
-        _all_known(files, self._files, "file")
+        known: Container[int] = self._files
+        if self._sockets:
+            known = ChainMap[RegId, Any](self._sockets, self._files)
+        _all_known(files, known, "file")
         _bools(close_on_exec)
         _bools(fifo)
         for table, number, file, closing, as_fifo in zip(
@@ -505,10 +510,33 @@ class Rebuild:
 
     def _add_sockets(self, rows: Rows) -> None:
         self._count("fifo-data", len(rows))
-        for name in rows:
-            if type(name) is not str:
-                raise Nonsense("the name of a socket that is no text")
-            self._sockets.append(name.encode("latin-1"))
+        for row in rows:
+            ident, kind, state, flags, uflags, backlog, peer = row[:7]
+            shutdown, name, directory, owner, options = row[7:]
+            _numbers(row[:7])
+            if ident in self._files or ident in self._sockets:
+                raise Nonsense(f"socket {ident} comes twice, or is a file")
+            if owner is not None:
+                _numbers(owner)
+                mode, uid, gid = owner
+                owner = mode, uid, gid
+            *sizes, send_us, receive_us, passcred, passsec = options
+            _numbers(sizes)
+            send, receive = sizes
+            socket = Socket(
+                *(RegId(ident), kind, state, flags, uflags, backlog, peer),
+                _number(shutdown, 3),
+                _bytes(name, NAME_LIMIT),
+                _bytes(directory, TEXT_LIMIT),
+                owner,
+                (
+                    *(send, receive, _number(send_us, YEAR_US), _number(receive_us, YEAR_US)),
+                    *(_bool(passcred), _bool(passsec)),
+                ),
+            )
+            if not socket.name:
+                raise Nonsense(f"socket {ident} has no name")
+            self._sockets[socket.id] = socket
 
     def _add_devshm(self, rows: Rows) -> None:
         self._count("ghost-file", len(rows))

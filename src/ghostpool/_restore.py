@@ -34,6 +34,7 @@ from ghostpool._planned import Files, Plan, PlannedOpen, PlannedTask
 from ghostpool._pool import WorkerPool
 from ghostpool._restored import Restored
 from ghostpool._slots import assign_slots
+from ghostpool._sockets import SocketBinder
 from ghostpool._unbroken import unbroken
 
 log = logging.getLogger("ghostpool")
@@ -83,6 +84,7 @@ class Restoration:
         slots = assign_slots(self._weights(), pool.jobs)
         self._creator = Creator(plan, pool, self._ledger, slots, events, own_owner=own_owner)
         self._fifos = FifoFiller(plan, pool, self._ledger, slots)
+        self._sockets = SocketBinder(plan, pool, self.restored, files, own_owner=own_owner)
         self._opener = Opener(
             *(plan, pool, self._ledger, slots, self.restored, self._fifos, events),
             keep=keep,
@@ -122,6 +124,7 @@ class Restoration:
                 await self._service.enter_async_context(self._leases.hold(self.plan.service_leases))
                 await self._creator.create()
                 await self._fifos.fill()
+                await self._sockets.bind()
                 yield
                 if not self.restored.complete:
                     raise self._left_early()

@@ -41,7 +41,16 @@ _MESSAGES: Final = {
     "reg_file_entry": """
         1 r uint32 id, 2 r uint32 flags, 3 r uint64 pos, 6 r bytes name, 7 o sint32 mnt_id -1,
         8 o uint64 size, 9 o bool ext, 10 o uint32 mode""",
-    "unix_sk_entry": "1 r uint32 id, 11 r bytes name, 14 o bytes name_dir, 15 o bool deleted",
+    "sk_opts_entry": """
+        1 r uint32 so_sndbuf, 2 r uint32 so_rcvbuf, 3 r uint64 so_snd_tmo_sec,
+        4 r uint64 so_snd_tmo_usec, 5 r uint64 so_rcv_tmo_sec, 6 r uint64 so_rcv_tmo_usec,
+        11 o bool so_passcred, 12 o bool so_passsec""",
+    "file_perms_entry": "1 r uint32 mode, 2 r uint32 uid, 3 r uint32 gid",
+    "unix_sk_entry": """
+        1 r uint32 id, 3 r uint32 type, 4 r uint32 state, 5 r uint32 flags, 6 r uint32 uflags,
+        7 r uint32 backlog, 8 r uint32 peer, 10 r sk_opts_entry opts, 11 r bytes name,
+        12 o int32 shutdown, 13 o file_perms_entry file_perms, 14 o bytes name_dir,
+        15 o bool deleted""",
     "fifo_entry": "1 r uint32 id, 2 r uint32 pipe_id, 3 o uint32 regf_id",
     "tty_file_entry": "1 r uint32 id, 6 o uint32 regf_id",
     "any_file_entry": "1 r uint32 id",
@@ -170,10 +179,9 @@ def decode_all(kind: Any, pieces: list[bytes], file: str, first: int) -> Iterabl
 def _missing(message: Any) -> str:
     """The first required field that is not there; the runtime would list them all."""
     for field in message.DESCRIPTOR.fields:
-        if field.name in _REQUIRED[message.DESCRIPTOR.name]:
-            if not message.HasField(field.name):
-                return str(field.name)
-        elif field.message_type is not None:
+        if field.name in _REQUIRED[message.DESCRIPTOR.name] and not message.HasField(field.name):
+            return str(field.name)
+        if field.message_type is not None:
             repeated = field.name in _REPEATED
             value = getattr(message, field.name)
             for inner in value if repeated else [value] * message.HasField(field.name):

@@ -97,6 +97,7 @@ class TaskServer:
         self._barrier = barrier
         self._listener = listener
         self._openings = {p.opening.file.id: p.opening for p in pool.plan.opens}
+        self._sockets = pool.plan.sockets
         self._stages = dict.fromkeys(pool.tasks if tasks is None else tasks, Stage.AWAITED)
         unknown = self._stages.keys() - pool.tasks.keys()
         if unknown:
@@ -280,7 +281,8 @@ class TaskServer:
     # -- a consumer that was taken in -----------------------------------------------------------
 
     def _has_files(self, pid: int) -> bool:
-        return any(reg in self._openings for reg in self._pool.tasks[pid].held)
+        held = self._pool.tasks[pid].held
+        return any(reg in self._openings or reg in self._sockets for reg in held)
 
     async def _arrive_alone(self, pid: int) -> None:
         if self._pool.has_entered(pid):
@@ -323,11 +325,11 @@ class TaskServer:
         await fetching.ready.wait()
 
     def _row(self, row: Descriptor | PlannedKey, fd: int) -> dict[str, object]:
-        opening = self._openings[row.reg_id]
+        opening = self._openings.get(row.reg_id)
         document: dict[str, object] = {
             "fd": row.number,
-            "flags": opening.file.flags,
-            "offset": _offset(opening, fd),
+            "flags": opening.file.flags if opening else self._sockets[row.reg_id].flags,
+            "offset": _offset(opening, fd) if opening else None,
         }
         if isinstance(row, PlannedKey):
             # Who does not know keys has it at a number that the task does not use.

@@ -28,6 +28,7 @@ def without(images: Images, files: AbstractSet[RegId]) -> Images:
         tasks=tuple(map(lessened, images.tasks)),
         remaps=remaps,
         ghosts={number: ghost for number, ghost in images.ghosts.items() if number in left},
+        sockets={reg: socket for reg, socket in images.sockets.items() if reg not in files},
     )
 
 

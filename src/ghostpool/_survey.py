@@ -78,9 +78,10 @@ class Survey:
                 break
             files = {number for refusal in plan.refusals for number in refusal.files}
             less = without(self._images, files)
-            if len(less.remaps) == len(self._images.remaps) or not all(
-                refusal.files for refusal in plan.refusals
-            ):
+            fewer = len(less.remaps) < len(self._images.remaps) or len(less.sockets) < len(
+                self._images.sockets
+            )
+            if not fewer or not all(refusal.files for refusal in plan.refusals):
                 break  # it is about more than files, so without some nothing would be better
             skipped += plan.refusals
             self._images = less

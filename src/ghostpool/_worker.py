@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ghostpool import _linux
+from ghostpool._binding import BindWork
 from ghostpool._capabilities import ACT, ENTER, NEEDED, WORKER, Cap, Capabilities
 from ghostpool._creating import CreateWork
 from ghostpool._directories import Directories
@@ -70,6 +71,7 @@ class Worker(Work):
             "create": lambda out, operations: creating.do_create(out, operations, *self.given),
             "place": creating.do_place,
             "fill": lambda out, operations: filling.do_fill(out, operations, *self.given),
+            "bind": BindWork().do_bind,
             "open": opening.do_open,
             "open_discarded": opening.do_open_discarded,
             "sweep": SweepWork(self._mounts).do_sweep,

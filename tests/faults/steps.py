@@ -17,6 +17,7 @@ import ghostpool
 SOURCES = Path(ghostpool.__file__).parent
 
 SCANNED = (
+    "_binding",
     "_command",
     "_creating",
     "_directories",
@@ -72,6 +73,8 @@ EXEMPT = {
 CALLS = {
     "open": ("read",),
     "os.chmod": ("fchmodat",),
+    "os.chown": ("fchownat",),
+    "os.chroot": ("chroot",),
     "os.dup": ("dup",),
     "os.execve": ("execve",),
     "os.fchdir": ("fchdir",),
@@ -101,6 +104,9 @@ CALLS = {
     "_descriptors.place": ("dup2",),
     "fcntl.fcntl": ("fcntl of the pipe",),
     "fcntl.flock": ("flock",),
+    "_linux.fsconfig": ("fsconfig",),
+    "_linux.fsmount": ("fsmount",),
+    "_linux.fsopen": ("fsopen",),
     "_linux.lchown_fd": ("fchownat",),
     "_linux.mount": ("mount",),
     "_linux.mount_identity": ("statx",),

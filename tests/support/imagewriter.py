@@ -346,11 +346,45 @@ class ImageSet:
             self.remap(reg, ghost)
         return reg
 
-    def socket(self, pid: int, fd: int, name: bytes, *, deleted: bool = True) -> int:
-        """A bound UNIX socket."""
-        sock = next(self._ids)
-        self.file(UNIXSK, sock, (16, message((1, sock), (11, name), (15, deleted))))
-        self.fd(pid, fd, sock, kind=UNIXSK)
+    def socket(
+        self,
+        pid: int,
+        fd: int,
+        name: bytes,
+        *,
+        id: int | None = None,  # noqa: A002
+        deleted: bool | None = True,
+        type: int = 1,  # noqa: A002
+        state: int = 7,
+        flags: int = 2,
+        kind: int = 0,
+        backlog: int = 0,
+        peer: int = 0,
+        shutdown: int | None = None,
+        perms: tuple[int, int, int] | None = None,
+        directory: bytes | None = None,
+        buffers: tuple[int, int] = (212992, 212992),
+        limits: tuple[int, int, int, int] = (0, 0, 0, 0),
+        passcred: bool | None = None,
+        cloexec: bool = False,
+    ) -> int:
+        """A bound UNIX socket; state 7 is unconnected, 10 listening, 1 connected.
+
+        `perms` are mode, uid and gid; `limits` seconds and microseconds for sending and receiving.
+        """
+        sock = next(self._ids) if id is None else id
+        sizes = [(number, size) for number, size in enumerate(buffers, 1)]
+        times = [(number, time) for number, time in enumerate(limits, 3)]
+        opts = message(*sizes, *times, (11, passcred))
+        fown = message((1, 0), (2, 0), (3, 0), (4, 0), (5, 0))
+        inner = message(
+            *((1, sock), (2, 9000 + sock), (3, type), (4, state), (5, flags), (6, kind)),
+            *((7, backlog), (8, peer), (9, fown), (10, opts), (11, name), (12, shutdown)),
+            (13, None if perms is None else message(*enumerate(perms, 1))),
+            *((14, directory), (15, deleted)),
+        )
+        self.file(UNIXSK, sock, (16, inner))
+        self.fd(pid, fd, sock, kind=UNIXSK, cloexec=cloexec)
         return sock
 
     def fifo_data(self, pipe: int, data: bytes, *, size: int | None = None) -> None:

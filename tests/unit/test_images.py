@@ -204,7 +204,7 @@ class TestCorpus:
             (seen["pid"], seen["ppid"]) for seen in truth["tasks"]
         ]
         assert not images.own_user_namespace
-        assert not images.deleted_sockets
+        assert not images.sockets
 
     def test_pending_bytes(self, case: str) -> None:
         images, truth = corpus(case)

@@ -15,7 +15,6 @@ from tests.support.imagewriter import (
     LINKED,
     REG,
     TTY,
-    UNIXSK,
     ImageSet,
     message,
     record,
@@ -196,8 +195,23 @@ CONTRADICTIONS: dict[str, tuple[Change, str]] = {
         "files.img, record 5: a file of type 1 without its reg entry",
     ),
     "two ids": (
-        call("file", UNIXSK, 50, (16, message((1, 51), (11, b"")))),
+        call("file", TTY, 50, (19, message((1, 51), (6, 99)))),
         "files.img, record 5: file id 50 holds an entry of id 51",
+    ),
+    "socket without a name": (
+        call("socket", 1, 8, b"\0\0"),
+        "files.img, record 5: b'' is no name that a socket was bound to",
+    ),
+    "socket without its buffers": (
+        call(
+            *("file", 5, 50),
+            (16, message(*((n, 50 if n == 1 else 1) for n in range(1, 10)), (10, b""))),
+        ),
+        "files.img, record 5: file_entry lacks usk.opts.so_sndbuf",
+    ),
+    "socket of two names": (
+        call("socket", 1, 8, b"/a\0b"),
+        "files.img, record 5: b'/a",
     ),
     "fifo without its file": (
         call("file", 3, 50, (17, message((1, 50), (2, 1), (3, 99)))),

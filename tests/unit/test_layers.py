@@ -36,7 +36,7 @@ LAYERS = [
     "_recover _report _restore _signals",
     "_undoing",
     "_consuming _createghosts _openfiles _survey",
-    "_fifos",
+    "_fifos _sockets",
     "_batches _ledger _mountkernel _restored",
     "_guard _mend",
     "_lending",
@@ -60,7 +60,8 @@ LAYERS = [
     "_forkserver",
     "_build _command _guardian _usermaps",
     "_worker",
-    "_buildfiles _creating _descriptors _filling _finding _mountwork _opening _removing _sweeping",
+    """_binding _buildfiles _creating _descriptors _filling _finding _mountwork _opening _removing
+    _sweeping""",
     "_directories _journal",
     "_failed",
     "_confine _protocol",
@@ -69,7 +70,7 @@ LAYERS = [
 ]
 CHILD_SIDE = """
     _forkserver _guardian _usermaps _build _command _descriptors _worker
-    _buildfiles _creating _filling _finding _mountwork _opening _removing _sweeping
+    _binding _buildfiles _creating _filling _finding _mountwork _opening _removing _sweeping
     _directories _failed _journal _protocol _confine _buildspec _identity _mountinfo
     _capabilities _seal
 """
