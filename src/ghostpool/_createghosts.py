@@ -110,7 +110,7 @@ class Creator:
         archived = [planned for planned in ghosts if planned.ghost.id in shm] if shm else []
         if archived:
             ghosts = [planned for planned in ghosts if planned.ghost.id not in shm]
-        for source, some in (self._pool.images, ghosts), (self._pool.devshm, archived):
+        for source, some in (*self._pool.by_images(ghosts), (self._pool.devshm, archived)):
             await one_ahead(
                 new_room(),
                 batches(some, _BATCH, content_of, _BYTES),

@@ -19,6 +19,7 @@ import anyio
 from ghostpool import _listenfds
 from ghostpool._errors import CommandError
 from ghostpool._planned import PlannedTask
+from ghostpool._pod import container_of, in_images
 from ghostpool._process import Child, CommandFailed
 from ghostpool._restored import Restored
 from ghostpool._run import Delivery, Prepared
@@ -44,7 +45,7 @@ def environment_of(
     )
     return {
         **environment,
-        b"GHOSTPOOL_TASK": str(planned.task.pid).encode(),
+        b"GHOSTPOOL_TASK": str(in_images(planned.task.pid)).encode(),
         b"GHOSTPOOL_CLOEXEC": ",".join(map(str, numbers)).encode(),
     }
 
@@ -92,6 +93,9 @@ async def _start(
     pid = planned.task.pid
     target = run.targets[planned.task.namespace]
     environment = environment_of(planned, restored, os.environb)
+    if run.request.pod:
+        container = run.request.pod[container_of(pid) - 1]
+        environment[b"GHOSTPOOL_CONTAINER"] = os.fsencode(container.name)
     descriptors = restored.of_task(planned)
     keys = {key.key: key.number for key in planned.keys}
     for key, fd in restored.of_keys(planned).items():

@@ -52,17 +52,18 @@ class FifoFiller:
 
     async def _fill_in_slot(self, slot: int, fifos: list[PlannedGhost]) -> None:
         fifos.sort(key=lambda planned: planned.mount.namespace.target.index)
-        for batch in batches(fifos, _BATCH):
-            await self._fill_batch(slot, batch)
+        for images, own in self._pool.by_images(fifos):
+            for batch in batches(own, _BATCH):
+                await self._fill_batch(slot, images, batch)
 
-    async def _fill_batch(self, slot: int, fifos: Sequence[PlannedGhost]) -> None:
+    async def _fill_batch(self, slot: int, images: int, fifos: Sequence[PlannedGhost]) -> None:
         contents = self._pool.contents
+        stream = -1
         try:
-            images = self._pool.images
             if contents is not None:
                 waited = [self._plan.fifos[planned.ghost.id] for planned in fifos]
                 runs = [Extent(0, one.length, one.position) for one in waited if one.length]
-                images = await contents.stream(runs) if runs else images
+                stream = await contents.stream(runs) if runs else -1
             try:
                 _, ends = await self._pool.call(
                     slot,
@@ -70,11 +71,11 @@ class FifoFiller:
                     [tuple(self._fill_op(planned)) for planned in fifos],
                     target=fifos[0].mount.namespace.target.index,
                     mounts={planned.mount.service for planned in fifos},
-                    fds=[images],
+                    fds=[images if stream < 0 else stream],
                 )
             finally:
-                if images != self._pool.images:
-                    os.close(images)
+                if stream >= 0:
+                    os.close(stream)
         except WorkerFailure as error:
             file = fifos[max(0, error.failure.at)].ghost.file
             raise failed(error.failure, self._plan, file) from error

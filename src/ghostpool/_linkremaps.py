@@ -88,7 +88,7 @@ class LinkRemaps:
             )
         # Images before CRIU 2.4 do not say; nearly all are regular, and the others are refused.
         mode = stat.S_IFREG if file.mode is None else file.mode
-        return Linked(GhostId(_IDS | file.id), mode, hidden.name)
+        return Linked(GhostId(_IDS + file.id), mode, hidden.name)
 
     def add(self, opening: Opening, linked: Linked) -> None:
         """It is to be opened so. MountNotFound, PlanError: its hidden name is on another mount."""

@@ -26,7 +26,7 @@ GhostId = NewType("GhostId", int)
 """Number of a ghost in the images; `Ghost.file` names the image of that one."""
 RegId = NewType("RegId", int)
 """Id of a reg_file_entry: one open file description of the dumped tasks."""
-_REG_BITS = 32
+_REG_BITS = 64
 Pid = NewType("Pid", int)
 """A pid as the images have it: inside the dumped pid namespace."""
 
@@ -62,6 +62,8 @@ TARGET_MAX = 4095
 """Longest target of a symbolic link, in bytes: PATH_MAX less the final NUL."""
 HOST_NS = NsId(0)
 """Stands for the mount namespace of images that were dumped without one of their own."""
+CONTAINER = 10**10
+"""In a pod, numbers of its n-th container are n times this more than in its images: see `_pod`."""
 
 
 _T = TypeVar("_T", bound=tuple[Any, ...])
@@ -112,7 +114,7 @@ class Ghost(NamedTuple):
     @property
     def file(self) -> str:
         """Name of the image inside its directory."""
-        return ghost_file_name(self.id)
+        return ghost_file_name(self.id % CONTAINER)
 
 
 class ShmFile(NamedTuple):

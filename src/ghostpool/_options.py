@@ -96,6 +96,11 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="Mount namespace for one of the images, by process or namespace file.",
             ),
             click.option(
+                "--pod",
+                metavar="FILE",
+                help="JSON list of containers to restore in one run: images and target of each.",
+            ),
+            click.option(
                 "--external",
                 type=EXTERNAL,
                 multiple=True,
@@ -153,6 +158,8 @@ def begin_reading(options: dict[str, Any]) -> Any:
     """
     from ghostpool._startreader import start_reading
 
+    if options["pod"] is not None:
+        return None  # what is to be read is not known yet
     rebuilt = options["tree"] is None and not options["namespaces"]
     try:
         return start_reading(
@@ -172,6 +179,7 @@ def make_request(options: dict[str, Any], reading: Any, keep: bool = False) -> A
     numbers = [number for number, _ in options["namespaces"]]
     if len(set(numbers)) != len(numbers):
         raise PlanError("--ns names a mount namespace of the images twice")
+    pod = _pod(options)
     given = Options(
         tree=options["tree"],
         namespaces=dict(options["namespaces"]),
@@ -188,4 +196,20 @@ def make_request(options: dict[str, Any], reading: Any, keep: bool = False) -> A
     )
     if options.get("stall_timeout"):
         given["stall_s"] = options["stall_timeout"]
-    return request_of(options["images_dir"], given, keep=keep)._replace(reading=reading)
+    return request_of(options["images_dir"], given, keep=keep)._replace(reading=reading, pod=pod)
+
+
+def _pod(options: dict[str, Any]) -> Any:
+    """The containers of --pod, if it is given."""
+    if options["pod"] is None:
+        return ()
+    from ghostpool._pod import read_pod
+
+    if options["tree"] is not None or options["namespaces"] or options["external"]:
+        raise PlanError("--pod names the targets of its containers: leave out -t, --ns, --external")
+    if options.get("devshm"):
+        raise PlanError("--devshm is for one container: leave out --pod")
+    source = click.get_current_context().get_parameter_source("images_dir")
+    if source is not click.core.ParameterSource.DEFAULT:
+        raise PlanError("--pod names the images of its containers: leave out -D")
+    return read_pod(options["pod"])

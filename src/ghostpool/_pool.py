@@ -20,6 +20,8 @@ from ghostpool._errors import WorkerDied, WorkerHung
 from ghostpool._followers import NOBODY, Events
 from ghostpool._memory import MemoryBound
 from ghostpool._model import MountHandle
+from ghostpool._planned import PlannedGhost
+from ghostpool._pod import container_of
 from ghostpool._process import Child, ForkServer
 from ghostpool._targets import Target
 from ghostpool._unbroken import unbroken
@@ -78,8 +80,9 @@ class WorkerPool:
         self._devices = devices
         self._acting: dict[int, tuple[int, int]] = {}
         self._watch: Callable[[Child], Awaitable[None]] | None = None
-        self.images = -1
-        """Directory or archive that ghost images are read from, lent to requests that create."""
+        self.images: list[int] = []
+        """Directory or archive that ghost images are read from, lent to requests that create; of a
+        pod, one for each container."""
         self.contents: Unpacking | None = None
         """Where they come from instead, if the archive is packed."""
         self.devshm = -1
@@ -234,6 +237,16 @@ class WorkerPool:
         """Workers of the slot that were killed and did not end in time. What they were in the
         middle of may still happen, until they have a status."""
         return [child for number, child in self._undead if number == slot]
+
+    def by_images(self, ghosts: list[PlannedGhost]) -> Iterable[tuple[int, list[PlannedGhost]]]:
+        """The same ghosts, those together whose contents are in the same images, and these."""
+        if len(self.images) == 1:
+            return ((self.images[0], ghosts),)
+        own: dict[int, list[PlannedGhost]] = {}
+        for planned in ghosts:
+            images = self.images[container_of(planned.ghost.id) - 1]
+            own.setdefault(images, []).append(planned)
+        return own.items()
 
     async def call(
         self,

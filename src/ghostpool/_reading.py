@@ -71,6 +71,12 @@ async def read_apart(reading: Reading) -> Images:
                 await anyio.wait_readable(pidfd)
 
 
+def discard(reading: Reading) -> None:
+    """End the reader of images that nobody wants any more."""
+    with _ended(reading):
+        pass
+
+
 @contextmanager
 def _ended(reading: Reading) -> Iterator[int]:
     """The reader's pidfd for the time of the block; then it is reaped, if it can be.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from ghostpool._lease import MountUsage
 from ghostpool._model import Ghost, Linked, MountHandle, RegId, id_in_images
 from ghostpool._paths import text
 from ghostpool._planned import Opening, Plan, PlannedMount, Refusal, Strategy
+from ghostpool._pod import Container
 from ghostpool._protocol import Found
 
 SCHEMA = 1
@@ -23,6 +25,8 @@ class Report:
     strategy: Strategy = "remount"
     plan: Plan | None = None
     """None: it has not come to one."""
+    pod: Sequence[Container] = ()
+    """The containers, if it is one of a pod."""
     usage: Mapping[MountHandle, MountUsage] = field(default_factory=dict)
     """What each mount went through."""
     identities: Mapping[MountHandle, int] = field(default_factory=dict)
@@ -67,6 +71,10 @@ class Report:
             "link_remaps": len(plan.links) if plan else 0,
             "remaps": len(plan.opens) if plan else 0,
             "tasks": len(plan.images.tasks) if plan else 0,
+            "containers": [
+                {"number": at, "name": one.name, "images": text(os.fsencode(one.images_dir))}
+                for at, one in enumerate(self.pod, 1)
+            ],
             "namespaces": len({t.namespace for t in plan.images.tasks}) if plan else 0,
             "mounts": [self._mount(planned) for planned in plan.mounts.values()] if plan else [],
             "workers": {"count": self.workers, "peak_rss_bytes": self.peak_rss},

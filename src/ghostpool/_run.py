@@ -50,9 +50,10 @@ from ghostpool._mounttable import MountTable
 from ghostpool._needs import Consumers
 from ghostpool._plan import Planner
 from ghostpool._planned import Files, Plan, Policy
+from ghostpool._pod import Container, joined, number_of
 from ghostpool._pool import WorkerPool
 from ghostpool._process import BuildFailed, ForkServer
-from ghostpool._reading import read_apart
+from ghostpool._reading import discard, read_apart
 from ghostpool._report import Report
 from ghostpool._restore import Restoration
 from ghostpool._restored import Restored
@@ -90,6 +91,8 @@ class Request(NamedTuple):
     """The archive of a container's /dev/shm, whose link remaps are made anew where it is needed."""
     reading: Reading | PlanError | None = None
     """Who reads the images already, if somebody does; or why nobody can."""
+    pod: tuple[Container, ...] = ()
+    """The containers of a pod, in place of `images_dir`, `tree` and `namespaces`."""
     mount_setattr: bool = True
     """False: do as on Linux before 5.12, with mount(2)."""
     run_dir: str | None = None
@@ -102,6 +105,11 @@ class Request(NamedTuple):
     """Who follows what happens."""
     memory_limit: int | None = None
     """Bytes that the run may take before further work waits; None: as many as it needs."""
+
+    @property
+    def containers(self) -> tuple[Container, ...]:
+        """What is restored: the containers of the pod, or the one that there is."""
+        return self.pod or (Container("", self.images_dir, self.tree, self.namespaces),)
 
     @property
     def files(self) -> Files:
@@ -265,6 +273,7 @@ async def prepared(
     `check` may raise for a plan that is not to be carried out; `before` is awaited first.
     """
     begun = time.monotonic()
+    report.pod = request.pod
 
     def admit(planner: Planner) -> None:
         _needs.check(planner.counts(request.files), request.jobs, request.consumers, hard)
@@ -282,7 +291,7 @@ async def prepared(
             raise request.reading
         if before is not None:
             await before(server)
-        named = places(request.tree, request.namespaces)
+        named = [place for one in request.containers for place in places(one.tree, one.namespaces)]
         _needs.check_namespaces(len(named), hard)
         pinned = pin(named)
         targets = distinct(pinned.values())
@@ -292,12 +301,7 @@ async def prepared(
 
             pinned = await learn_maps(server, pinned)
             targets[:] = distinct(pinned.values())
-        reading = request.reading or start_reading(
-            request.images_dir, request.max_size, all_mounts=not named, devshm=request.devshm
-        )
-        stack.callback(os.close, reading.directory)
-        if reading.devshm >= 0:
-            stack.callback(os.close, reading.devshm)
+        readings = _begun(request, stack, all_mounts=not named)
         memory = _memory_bound(request, server)
         pool = await stack.enter_async_context(
             WorkerPool.running(
@@ -309,17 +313,18 @@ async def prepared(
                 memory=memory,
             )
         )
-        pool.images = reading.directory
+        pool.images = [reading.directory for reading in readings]
         # That which an archive has in it is read from there.
-        pool.devshm = reading.directory if reading.devshm < 0 else reading.devshm
+        pool.devshm = readings[0].directory if readings[0].devshm < 0 else readings[0].devshm
         pool.events = events
         try:
-            images, tables = await _read(reading, pool, targets)
+            found, tables = await _read(readings, pool, targets)
+            by_id = _resolved(request, found, pinned)
+            images = joined(found) if request.pod else found[0]
             if images.unpacking:
                 pool.contents = await stack.enter_async_context(
-                    Unpacking.running(images, reading.directory)
+                    Unpacking.running(images, readings[0].directory)
                 )
-            by_id = _resolved(request, images, pinned)
             if not by_id:
                 by_id = await _rebuilt(request, images, server, hard)
                 targets += by_id.values()
@@ -405,10 +410,32 @@ def _log_plan(plan: Plan) -> None:
         )
 
 
+def _begun(request: Request, stack: AsyncExitStack, *, all_mounts: bool) -> list[Reading]:
+    """Who reads the images of each container; what they are in is closed with `stack`."""
+    assert not isinstance(request.reading, PlanError)
+    readings: list[Reading] = []
+    try:
+        for one in request.containers:
+            reading = request.reading or start_reading(
+                one.images_dir, request.max_size, all_mounts=all_mounts, devshm=request.devshm
+            )
+            stack.callback(os.close, reading.directory)
+            if reading.devshm >= 0:
+                stack.callback(os.close, reading.devshm)
+            readings.append(reading)
+    except PlanError:
+        for reading in readings:
+            discard(reading)
+        raise
+    return readings
+
+
 async def _read(
-    reading: Reading, pool: WorkerPool, targets: Sequence[Target]
-) -> tuple[Images, dict[int, MountTable]]:
+    readings: Sequence[Reading], pool: WorkerPool, targets: Sequence[Target]
+) -> tuple[list[Images], dict[int, MountTable]]:
     """The images, and the mount tables of these targets, which are read meanwhile."""
+    images: list[Images] = []
+    left = [*readings]
     tables: dict[int, MountTable] = {}
     problems: list[GhostpoolError] = []
 
@@ -421,22 +448,33 @@ async def _read(
     async with anyio.create_task_group() as group:
         group.start_soon(look)
         try:
-            images = await read_apart(reading)
+            while left:
+                images.append(await read_apart(left.pop(0)))
         except GhostpoolError as error:
             # Whatever the namespaces are like: first of all there must be something to restore.
             problems.insert(0, error)
             group.cancel_scope.cancel()
+        finally:
+            for reading in left:
+                discard(reading)
     if problems:
         raise problems[0]
     return images, tables
 
 
-def _resolved(request: Request, images: Images, pinned: Mapping[str, Target]) -> dict[NsId, Target]:
+def _resolved(
+    request: Request, found: Sequence[Images], pinned: Mapping[str, Target]
+) -> dict[NsId, Target]:
     """The targets that the operator named, by the namespaces of the images; none: none is named."""
-    where = resolve_namespaces(images, request.tree, request.namespaces)
-    if where and request.external:
-        raise PlanError("--external is for rebuilt namespaces: leave it out with -t or --ns")
-    return {number: pinned[place] for number, place in where.items()}
+    targets: dict[NsId, Target] = {}
+    for at, (one, images) in enumerate(zip(request.containers, found, strict=True), 1):
+        where = resolve_namespaces(images, one.tree, one.namespaces)
+        if where and request.external:
+            raise PlanError("--external is for rebuilt namespaces: leave it out with -t or --ns")
+        for number, place in where.items():
+            key = NsId(number_of(at, number)) if request.pod else number
+            targets[key] = pinned[place]
+    return targets
 
 
 async def _rebuilt(

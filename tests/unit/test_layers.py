@@ -45,7 +45,7 @@ LAYERS = [
     "_keys _linkremaps",
     "_admission _holders _inspection _lease_table _room _slots",
     "_ownership",
-    "_claims _listener _needs _planned",
+    "_claims _listener _needs _planned _pod",
     "_match _owners _sandbox _unpacking _workerclient",
     "_namespaces _process _reader _reading _rundir _targets _unpacker",
     "_images _rebuild _startreader _userns",
