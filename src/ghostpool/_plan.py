@@ -132,6 +132,8 @@ class Planner:
         self._opened_at: dict[OpenedAt, OpenedAt] = {}
         self._made_at: dict[MadeAt, MadeAt] = {}
         self._linked_by: dict[LinkedBy, LinkedBy] = {}
+        self._shows_same: dict[tuple[object, ...], MountHandle] = {}
+        """By what a read-only mount shows, the first one."""
         self._spots: dict[tuple[MountHandle, bytes], _Spot] = {}
         self._used: dict[tuple[int, bytes, bytes], GhostId] = {}
         self._in_the_way: set[tuple[int, bytes]] | None = None
@@ -622,12 +624,28 @@ class Planner:
         mount = opening.mount
         if placed.mount is mount or is_below(placed.place, mount.root):
             detached = self._plan.strategy_of(mount) == "detached"
-            link, link_root = mount.service if detached else mount.handle, mount.root
+            link = mount.service if detached else self._made_writable_for(mount)
+            link_root = mount.root
         else:
             link, link_root = placed.mount.service, placed.mount.root
         given = placed.final or self._names(opening, spot)
         by = _make_linked_by((link, link_root, len(spot.missing), spot.group))
         return _make_open((opening, self._linked_by.setdefault(by, by), given))
+
+    def _made_writable_for(self, mount: PlannedMount) -> MountHandle:
+        """The mount that takes names for this one: one that shows the same, in a pod.
+
+        What two containers have of one volume is two mounts, of which one becomes writable.
+        """
+        if (
+            not self._policy.one_lease
+            or not mount.read_only
+            or not mount.clone
+            or mount.idmap is not None
+        ):
+            return mount.handle
+        same = mount.fsid, mount.mount.device, mount.root, mount.namespace.target.ids
+        return self._shows_same.setdefault(same, mount.handle)
 
 
 def _names_of(openings: list[Opening]) -> tuple[bytes, ...]:

@@ -67,6 +67,8 @@ class Policy(NamedTuple):
     own_owner: bool = False
     """Give every ghost to the restoring user: for user namespaces that map one id."""
     strategy: Strategy = "remount"
+    one_lease: bool = False
+    """Of several mounts that show the same, one becomes writable for all."""
     on_error: OnError = "refuse"
     mapped: Callable[[int, int], bool] = lambda uid, gid: True
     """Whether this process's user namespace has such an owner."""
@@ -442,8 +444,8 @@ class Plan:
         return {
             planned.link
             for planned in opens
-            if planned.link == planned.opening.mount.handle
-            and planned.opening.mount.read_only
+            if planned.link in self.mounts
+            and self.mounts[planned.link].read_only
             and not stat.S_ISDIR(planned.opening.ghost.mode)
         }
 

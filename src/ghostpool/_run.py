@@ -330,7 +330,8 @@ async def prepared(
                 targets += by_id.values()
                 pool.add_targets(targets)
                 tables = await read_tables(pool, targets)
-            survey = Survey(pool, images, request.policy, admit)
+            policy = request.policy._replace(one_lease=bool(request.pod))
+            survey = Survey(pool, images, policy, admit)
             plan = await survey.plan(by_id, tables, os.urandom(6).hex().encode())
             await pool.act_as(plan.acting)
             report.plan = plan

@@ -120,6 +120,8 @@ def test_commands_of_all_containers(strategy: str, tmp_path: Path) -> None:
     ]
     document = json.loads(report.read_text())
     assert [one["name"] for one in document["containers"]] == ["web", "2"]
+    made = {one["mountpoint"]: one["made_writable"]["task"] for one in document["mounts"]}
+    assert made == {"/data": int(strategy == "remount"), "/var/lib/shared": 0}
     assert sorted(one["task"] % 10**10 for one in document["commands"]) == [1, 1, 2, 2]
 
 
