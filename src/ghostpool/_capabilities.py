@@ -90,6 +90,7 @@ NEEDED: dict[str, int] = {
     "clone": _MOUNTS,
     "open_part": _SEARCH,
     "clone_part": _MOUNTS,
+    "uncover": _MOUNTS | _SEARCH,
     "make_writable": _MOUNTS,
     "make_read_only": _MOUNTS,
     "look": _SEARCH,

@@ -46,7 +46,11 @@ _make_site = maker(Site)
 class Matcher:
     """Finds the live site of each reg file of the images."""
 
-    def __init__(self, images: Images, namespaces: Mapping[NsId, Namespace]) -> None:
+    def __init__(
+        self, images: Images, namespaces: Mapping[NsId, Namespace], *, hidden: bool = False
+    ) -> None:
+        """`hidden`: mounts that others hide are found, too."""
+        self._hidden = hidden
         self._images = images
         self._namespaces = namespaces
         used = {file.mnt_id for file in images.files.values()}
@@ -104,10 +108,11 @@ class Matcher:
             live = stack[wanted.index(mount)]
         else:
             live = self._only_candidate(mount, wanted, stack, where)
-        if live is not stack[-1]:
+        if live is not stack[-1] and not self._hidden:
             raise Overmounted(
                 f"mount {live.mnt_id} on {where} is hidden by mount {stack[-1].mnt_id} "
-                f"({stack[-1].fstype}) on the same mount point"
+                f"({stack[-1].fstype}) on the same mount point "
+                "(--overmounted private restores into it)"
             )
         return live
 

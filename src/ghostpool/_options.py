@@ -133,6 +133,13 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="Refuse all if a file can not be restored, or restore the others.",
             ),
             click.option(
+                "--overmounted",
+                type=click.Choice(["refuse", "private"]),
+                default="refuse",
+                show_default=True,
+                help="Ghosts on hidden mounts: refuse, or use a private copy of the namespace.",
+            ),
+            click.option(
                 "--allow-devices", is_flag=True, help="Restore character and block devices."
             ),
             click.option("--allow-setuid", is_flag=True, help="Restore setuid and setgid files."),
@@ -190,6 +197,7 @@ def make_request(options: dict[str, Any], reading: Any, keep: bool = False) -> A
         max_size=options["max_size"],
         strategy=options["strategy"],
         on_error=options["on_error"],
+        overmounted=options["overmounted"],
         memory_limit=options.get("memory_limit"),
         consume_link_remaps=options.get("consume_link_remaps", False),
         devshm=options.get("devshm"),

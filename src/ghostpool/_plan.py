@@ -120,7 +120,7 @@ class Planner:
             policy = policy._replace(mapped=Policy().mapped)  # others have them, or not
         self._policy = policy
         self._prefix = b".ghostpool-%s-" % token
-        self._matcher = Matcher(images, namespaces)
+        self._matcher = Matcher(images, namespaces, hidden=policy.overmounted == "private")
         self._links = LinkRemaps(self._matcher, policy, images.devshm)
         self._handles: dict[tuple[int, int], PlannedMount] = {}
         self._found: dict[tuple[int, int, int, int], tuple[PlannedMount, int]] = {}
@@ -159,6 +159,10 @@ class Planner:
     def names(self) -> list[Place]:
         """Hidden names of link remaps (mount, directory inside it, name), to be found."""
         return self._links.places
+
+    def warn(self, subject: str, what: str) -> None:
+        """Note what is not as one would expect."""
+        self._plan.warnings.append(f"{subject}: {what}")
 
     def refuse(self, subject: str, error: GhostpoolError, files: Iterable[RegId] = ()) -> None:
         """Note why something can not be restored; without these files, the rest could be."""
@@ -623,7 +627,7 @@ class Planner:
         spot = self._spot(opening, looks)
         mount = opening.mount
         if placed.mount is mount or is_below(placed.place, mount.root):
-            detached = self._plan.strategy_of(mount) == "detached"
+            detached = self._plan.strategy_of(mount) == "detached" or mount.private
             link = mount.service if detached else self._made_writable_for(mount)
             link_root = mount.root
         else:

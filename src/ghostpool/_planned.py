@@ -45,6 +45,10 @@ the name is made through its private writable clone and only opened through the 
 OnError = Literal["refuse", "skip"]
 """What comes of files that can not be restored: all is refused, or they are left out."""
 
+Overmounts = Literal["refuse", "private"]
+"""What becomes of ghosts on a mount that another one hides: they are refused, or restored through
+what somebody holds of it, or else through a private copy of its namespace."""
+
 Files = Literal["held", "kept", "discarded"]
 """What becomes of a file that was opened: its descriptor is held for whoever takes it; or the file
 stays by name, for nobody in particular; or it was only to be opened."""
@@ -70,6 +74,7 @@ class Policy(NamedTuple):
     one_lease: bool = False
     """Of several mounts that show the same, one becomes writable for all."""
     on_error: OnError = "refuse"
+    overmounted: Overmounts = "refuse"
     mapped: Callable[[int, int], bool] = lambda uid, gid: True
     """Whether this process's user namespace has such an owner."""
     pipe_limit: Callable[[], int] = pipe_limit
@@ -86,6 +91,8 @@ class PlannedMount:
     clone: bool
     """A writable private clone serves for creating and cleaning: the mount is read-only. False
     for a read-only mount of which none can be made: then its own lease serves."""
+    private: bool = False
+    """It is hidden: names are made through its clone, whatever the strategy."""
     fsid: int = 0
     """Number of its file system, found by the survey; see MountFacts."""
     idmap: IdMaps | None = None
@@ -436,7 +443,7 @@ class Plan:
         """How the mount is worked on; None where it is writable already."""
         if not mount.read_only:
             return None
-        wanted = self.strategy == "detached" or mount.lender is not None
+        wanted = self.strategy == "detached" or mount.lender is not None or mount.private
         return "detached" if wanted and mount.clone else "remount"
 
     def leases_for(self, opens: Iterable[PlannedOpen]) -> set[MountHandle]:

@@ -9,7 +9,7 @@ from typing import TypedDict
 from ghostpool._followers import EventSink
 from ghostpool._limits import Limits
 from ghostpool._model import NsId
-from ghostpool._planned import OnError, Policy, Strategy
+from ghostpool._planned import OnError, Overmounts, Policy, Strategy
 from ghostpool._run import Request
 from ghostpool._stall import STALL_S
 from ghostpool._userns import maps_owner
@@ -50,6 +50,10 @@ class Options(TypedDict, total=False):
     on_error: OnError
     """What comes of files that can not be restored: "refuse" rules all out, "skip" leaves them out,
     and they are in `Plan.skipped`. "refuse" if it is not given."""
+    overmounted: Overmounts
+    """What becomes of ghosts on a mount that another one hides: "refuse" (if it is not given), or
+    "private": they are restored through what a process of the namespace holds of it, or else
+    through a private copy of the namespace, and then have the copy's mount id."""
     memory_limit: int | None
     """Bytes that this process and its children may take before further work waits."""
     stall_s: float
@@ -89,6 +93,7 @@ def request_of(images: str | os.PathLike[str], options: Options, *, keep: bool =
             strategy=options.get("strategy", "remount"),
             on_error=options.get("on_error", "refuse"),
             consume_link_remaps=options.get("consume_link_remaps", False),
+            overmounted=options.get("overmounted", "refuse"),
             mapped=maps_owner(),
         ),
         devshm=None if shm is None else os.fspath(shm),

@@ -140,9 +140,28 @@ class Survey:
         await _each(open_all, list(by_target.values()))
 
     async def _open_batch(self, planner: Planner, mounts: list[PlannedMount]) -> None:
-        for planned, error in await open_mounts(self._pool, mounts, self.identities):
-            planner.refuse_mount(planned, error)
-        await self._clone(planner, [planned for planned in mounts if planned.mount.read_only])
+        if self._policy.overmounted == "private":
+            for planned in mounts:
+                await self._open_hidden(planner, planned)
+        else:
+            for planned, error in await open_mounts(self._pool, mounts, self.identities):
+                planner.refuse_mount(planned, error)
+        needed = [p for p in mounts if p.service not in self._pool.mounts]
+        await self._clone(planner, [p for p in needed if p.read_only or p.private])
+
+    async def _open_hidden(self, planner: Planner, planned: PlannedMount) -> None:
+        """Open a mount, hidden or not."""
+        try:
+            hidden = await open_mounts(self._pool, [planned], self.identities)
+        except PlanError as error:
+            hidden = [(planned, error)]
+        if hidden:
+            from ghostpool._covered import uncover
+
+            try:
+                planner.warn(planned.label, await uncover(self._pool, planned, self.identities))
+            except PlanError as error:
+                planner.refuse_mount(planned, error)
 
     async def _clone(self, planner: Planner, mounts: list[PlannedMount]) -> None:
         """Make the service side of read-only mounts of one namespace."""
@@ -150,7 +169,8 @@ class Survey:
         mounts = [
             planned
             for planned in mounts
-            if not planned.namespace.target.is_host and not planned.mount.superblock_read_only
+            if (planned.private or not planned.namespace.target.is_host)
+            and not planned.mount.superblock_read_only
         ]
         if not mounts:
             return
@@ -171,7 +191,7 @@ class Survey:
                 self._pool.learned(slot, [planned.service])
             elif failure == (errno.EPERM, "mount_setattr"):
                 self._locked.append(planned)
-            elif failure[0] in (errno.EINVAL, errno.ENOSYS):
+            elif failure[0] in (errno.EINVAL, errno.ENOSYS) and not planned.private:
                 # Unbindable, or Linux before 5.12: the mount's own lease does for both sides.
                 planned.clone = False
             else:
@@ -272,7 +292,7 @@ async def _read_all(fd: int) -> bytes:
 
 async def open_mounts(
     pool: WorkerPool, mounts: Sequence[PlannedMount], identities: dict[MountHandle, int]
-) -> list[tuple[PlannedMount, Overmounted]]:
+) -> list[tuple[PlannedMount, PlanError]]:
     """Open mounts of one namespace for the pool, and note who they are; those that are hidden.
 
     PlanError: the kernel could not reach one of them.
@@ -285,7 +305,7 @@ async def open_mounts(
     except WorkerFailure as error:
         planned = mounts[max(0, error.failure.at)]
         raise _mount_error(planned, error.failure) from error
-    hidden = []
+    hidden: list[tuple[PlannedMount, PlanError]] = []
     for planned, fields, fd in zip(mounts, facts, fds, strict=True):
         pool.mounts[planned.handle] = fd
         pool.labels[planned.handle] = planned.label

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import anyio
 
 from ghostpool import _linux
+from ghostpool._covered import chain_of
 from ghostpool._errors import GhostpoolError
 from ghostpool._journal import Anchor, Debt, Journal, JournalFile, JournalMount
 from ghostpool._mend import describe_holders, remount_command
@@ -76,6 +77,10 @@ class _Left(Exception):
 
 class _Locked(Exception):
     """The read-only flag of this mount can not be cleared, of no clone of it either."""
+
+
+class _Hidden(_Left):
+    """It is where it was, below another mount."""
 
 
 class _Gone(Exception):
@@ -215,7 +220,7 @@ class Undoing:
         self._pool.learned(self._slot(target), [handle])
         facts = MountFacts(*fields)
         if facts.mnt_id != live.mnt_id:
-            raise _Left(f"{label}: mount {facts.mnt_id} hides it: take that off first")
+            raise _Hidden(f"{label}: mount {facts.mnt_id} hides it: take that off first")
         return facts
 
     def _slot(self, target: int) -> int:
@@ -324,6 +329,10 @@ class Undoing:
         live = None
         try:
             live = await self._live(mount.handle)
+        except _Hidden as reason:
+            find = partial(self._uncovered, mount, reason)
+            yield await self._once(("uncovered", mount.handle), find)
+            return
         except _Gone as reason:
             gone = reason
         if live is not None:
@@ -349,6 +358,27 @@ class Undoing:
         why = unusable or gone
         if why is not None:
             raise why
+
+    async def _uncovered(self, mount: JournalMount, reason: _Hidden) -> _Place:
+        """The mount as a private copy of its namespace has it, which will do for names."""
+        table = self._tables[mount.namespace]
+        live = table.with_id(mount.mnt_id)
+        here = (live.device, live.root, live.mountpoint) if live is not None else None
+        if live is None or here != (mount.device, mount.root, mount.mountpoint):
+            raise reason
+        handles = MountHandle(self._handles), service_of(MountHandle(self._handles))
+        self._handles += 2
+        slot = self._slot(mount.namespace)
+        chain = chain_of(live, table)
+        try:
+            _, fds = await self._pool.insist(
+                slot, "uncover", *handles, chain, target=mount.namespace
+            )
+        except WorkerFailure:
+            raise reason from None
+        self._pool.mounts.update(zip(handles, fds, strict=True))
+        self._pool.learned(slot, handles)
+        return _Place(mount.namespace, live, handles[0], b"")
 
     def _mounts_of(self, device: int) -> list[tuple[int, LiveMount]]:
         """Mounts of a file system in all namespaces that were found, with their targets."""

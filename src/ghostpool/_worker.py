@@ -29,6 +29,7 @@ from ghostpool._opening import OpenWork
 from ghostpool._protocol import MAX_FDS, BlockingChannel, EndOfStream, Failure, Report
 from ghostpool._removing import RemoveWork
 from ghostpool._sweeping import SweepWork
+from ghostpool._uncovering import UncoverWork
 
 
 class Worker(Work):
@@ -52,6 +53,7 @@ class Worker(Work):
         directories = Directories(self._mounts)
         mounts = MountWork(self._mounts, own_fds, mount_setattr)
         creating = self._creating = CreateWork(directories, own_fds)
+        self._uncovering = UncoverWork(self._mounts, own_fds)
         filling = FillWork(directories, own_fds)
         opening = OpenWork(directories, own_fds)
         # Every request gets a list for the descriptors that go back with its result.
@@ -63,6 +65,8 @@ class Worker(Work):
             "open_part": lambda out, *what: mounts.do_open_part(out, *what, *self.given),
             "clone_part": lambda out: mounts.do_clone_part(out, *self.given),
             "room": mounts.do_room,
+            "uncover": self._uncover,
+            "adopt": lambda out, handle: self._uncovering.do_adopt(handle, *self.given),
             "make_writable": mounts.do_make_writable,
             "make_read_only": mounts.do_make_read_only,
             "look": directories.do_look,
@@ -134,6 +138,12 @@ class Worker(Work):
     def _fail(self, failure: Failure, fds: list[int]) -> None:
         _linux.close_all(fds)
         self._channel.send((False, tuple(failure)))
+
+    def _uncover(self, out: list[int], *arguments: Any) -> tuple[int, ...]:
+        try:
+            return self._uncovering.do_uncover(out, *arguments)
+        finally:
+            self._current = None  # a copy that is nobody's
 
     def _enter(self, namespace: int) -> None:
         self._capabilities.need(ENTER)

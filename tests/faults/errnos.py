@@ -63,6 +63,8 @@ _TABLE = {
     "statmount": "EINVAL EINTR ENOENT ENOMEM ENOSYS EOVERFLOW EPERM",
     "statx": f"{_PATH} ENOSYS",
     "symlinkat": _NEW_NAME,
+    "umount2": f"{_PATH} EAGAIN EBUSY EINVAL",
+    "unshare": "EINVAL ENOMEM ENOSPC EPERM EUSERS",
     "unlinkat": f"{_PATH} EBUSY EISDIR EROFS ENOSPC",
     "utimensat": f"{_PATH} EROFS ENOSPC EDQUOT ENOSYS EOPNOTSUPP",
     "write to the pipe": "EAGAIN EINTR ENOMEM",

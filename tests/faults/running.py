@@ -369,7 +369,12 @@ class _Coordinator:
             str(self._scene.images),
             2,
             namespaces=where,
-            policy=Policy(keep=definition.keep, allow_devices=True, strategy=definition.strategy),
+            policy=Policy(
+                keep=definition.keep,
+                allow_devices=True,
+                strategy=definition.strategy,
+                overmounted=definition.overmounted,
+            ),
             mount_setattr=definition.mount_setattr,
             consumers="nobody" if definition.discard else None,
             stall_s=STALL_S,

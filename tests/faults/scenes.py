@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from ghostpool import _linux
 from ghostpool._buildspec import MountSpec, NamespaceSpec, Node
 from ghostpool._linux import Attr
-from ghostpool._planned import Strategy
+from ghostpool._planned import Overmounts, Strategy
 from ghostpool.testing import Namespace
 from ghostpool.testing._forked import fork
 from ghostpool.testing._namespace import enter
@@ -53,6 +53,9 @@ class Definition(NamedTuple):
     keep: bool = False
     mount_setattr: bool = True
     strategy: Strategy = "remount"
+    overmounted: Overmounts = "refuse"
+    cover: bytes = b""
+    """Each keeper goes to this mount point, and then covers it."""
     discard: bool = False
     """The files are for nobody: workers close them."""
     command: tuple[str, ...] = ()
@@ -110,6 +113,19 @@ def _one_mount() -> ImageSet:
     return made
 
 
+def _hidden() -> ImageSet:
+    """Ghosts on the lower of two mounts on one mount point."""
+    made = ImageSet()
+    made.mount("/", ns=10)
+    made.mount("/data", ns=10, flags=MS_RO, id=700)
+    made.mount("/data", ns=10, device=(0, 67), parent=700)
+    made.task(1, ns=10)
+    made.open(1, 3, "/data/gone/plain", ghost=made.ghost(b"content"), mnt_id=700)
+    directory = made.ghost(mode=0o40750)
+    made.open(1, 4, "/data/dir", ghost=directory, flags=O_DIRECTORY, mnt_id=700)
+    return made
+
+
 def _kept() -> ImageSet:
     made = _one_mount()
     made.open(1, 5, "/data/taken", ghost=made.ghost(b"ghost"))
@@ -156,12 +172,17 @@ def definitions() -> list[Definition]:
     data = _mount(2, "/data", _file("/data/taken"))
     other = _mount(2, "/data", _file("/data/own"))
     hidden = _mount(2, "/data", _file("/data/link_remap.90")._replace(mode=stat.S_IFREG | 0o644))
+    # What is hidden can be seen there, too.
+    again = _mount(3, "/again", superblock=2)
+    cover = _mount(4, "/data", parent=2, attributes=0)
     links, programs = host_programs(10)
     root = _ROOT._replace(nodes=links)
     return [
         Definition("kinds", _all_kinds, ((_ROOT, data), (_ROOT, other))),
         Definition("mount(2)", _one_mount, ((_ROOT, data),), mount_setattr=False),
         Definition("detached", _one_mount, ((_ROOT, data),), strategy="detached", discard=True),
+        Definition("hidden", _hidden, ((_ROOT, data, again, cover),), overmounted="private"),
+        Definition("held", _hidden, ((_ROOT, data, again),), overmounted="private", cover=b"/data"),
         Definition("keep", _kept, ((_ROOT, data),), keep=True),
         Definition("command", _one_mount, ((root, data, *programs),), command=("/bin/true",)),
         Definition("link remap", _link_remap, ((_ROOT, hidden),)),
@@ -199,7 +220,7 @@ class Scene:
 class Keeper:
     """A process that stays in a namespace and looks at it when asked."""
 
-    def __init__(self, namespace: int) -> None:
+    def __init__(self, namespace: int, cover: bytes) -> None:
         mine, theirs = os.pipe(), os.pipe()
         self.pid = fork()
         if self.pid == 0:
@@ -207,6 +228,9 @@ class Keeper:
                 _linux.prctl(_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
                 proc = os.open("/proc/self", os.O_PATH)
                 enter(namespace)
+                if cover:
+                    os.chdir(cover)
+                    _linux.mount(b"cover", cover, b"tmpfs", 0)
                 _keep(proc, theirs[0], mine[1])
             finally:
                 os._exit(1)
@@ -330,7 +354,7 @@ def standing(definition: Definition, directory: Path) -> Iterator[Scene]:
             stack.callback(fds.pop)  # the copy's own block closes it
         keepers = []
         for fd in fds:
-            keepers.append(Keeper(fd))
+            keepers.append(Keeper(fd, definition.cover))
             stack.callback(keepers[-1].end)
         scene = Scene(definition, images, {10 + n: fd for n, fd in enumerate(fds)}, keepers)
         scene.before = scene.look()

@@ -29,6 +29,7 @@ SCANNED = (
     "_mountwork",
     "_opening",
     "_removing",
+    "_uncovering",
     "_worker",
 )
 
@@ -116,6 +117,8 @@ CALLS = {
     "_linux.renameat2": ("renameat2",),
     "_linux.setns": ("setns",),
     "_linux.statmount": ("statmount",),
+    "_linux.umount2": ("umount2",),
+    "_linux.unshare": ("unshare",),
     "_linux.utimens_fd": ("utimensat",),
     "_linux.write_all": ("pwrite",),
 }

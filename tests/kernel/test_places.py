@@ -21,7 +21,7 @@ from ghostpool import _run
 from ghostpool._buildspec import MountSpec, NamespaceSpec, Node
 from ghostpool._errors import PlanError, VerificationError
 from ghostpool._launch import launch
-from ghostpool._linux import Attr
+from ghostpool._linux import Attr, mount_identity
 from ghostpool._model import NsId
 from ghostpool._planned import Policy
 from ghostpool._report import Report
@@ -58,6 +58,7 @@ class Seen:
     inode: tuple[int, int]
     content: bytes
     mtime_us: int
+    mnt_id: int
 
 
 @dataclass
@@ -71,7 +72,8 @@ def see(fd: int) -> Seen:
     content = os.pread(fd, 100, 0) if stat.S_ISREG(status.st_mode) else b""
     inode = (status.st_dev, status.st_ino)
     link = os.readlink(f"/proc/self/fd/{fd}")
-    return Seen(link, status.st_nlink, inode, content, status.st_mtime_ns // 1000)
+    mnt_id = mount_identity(fd).mnt_id
+    return Seen(link, status.st_nlink, inode, content, status.st_mtime_ns // 1000, mnt_id)
 
 
 def restore(images: Path, fd: int, jobs: int = 4, policy: Policy | None = None) -> Outcome:

@@ -37,7 +37,7 @@ LAYERS = [
     "_undoing",
     "_consuming _createghosts _openfiles _survey",
     "_fifos _sockets",
-    "_batches _ledger _mountkernel _restored",
+    "_batches _covered _ledger _mountkernel _restored",
     "_guard _mend",
     "_lending",
     "_pool _serve",
@@ -60,6 +60,7 @@ LAYERS = [
     "_forkserver",
     "_build _command _guardian _usermaps",
     "_worker",
+    "_uncovering",
     """_binding _buildfiles _creating _descriptors _filling _finding _mountwork _opening _removing
     _sweeping""",
     "_directories _journal",
@@ -70,7 +71,8 @@ LAYERS = [
 ]
 CHILD_SIDE = """
     _forkserver _guardian _usermaps _build _command _descriptors _worker
-    _binding _buildfiles _creating _filling _finding _mountwork _opening _removing _sweeping
+    _binding _buildfiles _creating _filling _finding _mountwork _opening _removing
+    _sweeping _uncovering
     _directories _failed _journal _protocol _confine _buildspec _identity _mountinfo
     _capabilities _seal
 """
