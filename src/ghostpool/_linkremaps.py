@@ -28,6 +28,7 @@ from ghostpool._model import (
 )
 from ghostpool._paths import is_below, text
 from ghostpool._planned import Opening, PlannedLink, PlannedMount, Policy
+from ghostpool._pod import in_images
 from ghostpool._protocol import Found
 
 _IDS: Final = 1 << 32
@@ -79,7 +80,7 @@ class LinkRemaps:
         directory, _, name = hidden.name.rpartition(b"/")
         # Whatever else an image names is a file that the dump has not linked; and nobody should
         # get it by an image that says so.
-        if name != b"link_remap.%d" % hidden.id or not is_below(
+        if name != b"link_remap.%d" % in_images(hidden.id) or not is_below(
             file.name.rpartition(b"/")[0].lstrip(b"/"), directory.lstrip(b"/")
         ):
             raise PlanError(

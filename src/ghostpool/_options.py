@@ -165,7 +165,7 @@ def begin_reading(options: dict[str, Any]) -> Any:
     """
     from ghostpool._startreader import start_reading
 
-    if options["pod"] is not None:
+    if options.get("pod") is not None:
         return None  # what is to be read is not known yet
     rebuilt = options["tree"] is None and not options["namespaces"]
     try:
@@ -209,7 +209,7 @@ def make_request(options: dict[str, Any], reading: Any, keep: bool = False) -> A
 
 def _pod(options: dict[str, Any]) -> Any:
     """The containers of --pod, if it is given."""
-    if options["pod"] is None:
+    if options.get("pod") is None:
         return ()
     from ghostpool._pod import read_pod
 

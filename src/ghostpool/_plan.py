@@ -183,10 +183,8 @@ class Planner:
         files = self._images.files
         held: dict[RegId, bool] = {}  # and whether as a fifo
         sockets = self._images.sockets
-        for task in self._images.tasks:
-            rows: Iterable[Descriptor] = task.descriptors
-            if sockets:
-                rows = [row for row in rows if row.reg_id not in sockets]
+        for table in self._tables():
+            rows = [row for row in table if row.reg_id not in sockets] if sockets else table
             for descriptor in rows:
                 held.setdefault(files[descriptor.reg_id].id, descriptor.fifo)
         for remap in self._images.remaps:
@@ -262,9 +260,10 @@ class Planner:
 
     def _collect_sockets(self) -> None:
         holders: dict[RegId, NsId] = {}
-        for task in self._images.tasks:
-            for row in task.descriptors:
-                holders.setdefault(row.reg_id, task.namespace)
+        first = {id(t.descriptors): t.namespace for t in reversed(self._images.tasks)}
+        for table in self._tables():
+            for row in table:
+                holders.setdefault(row.reg_id, first[id(table)])
         for socket in self._images.sockets.values():
             holder = holders.get(socket.id)
             why = why_not_bound(socket)
@@ -340,17 +339,29 @@ class Planner:
                 if base is not None:
                     self._planned(*base)
 
+    def _tables(self) -> Iterable[Sequence[Descriptor]]:
+        """Tables of descriptors, once each: of many tasks that share a large one, images are small.
+
+        To look at it once for each task would take hours.
+        """
+        return {id(task.descriptors): task.descriptors for task in self._images.tasks}.values()
+
     def counts(self, files: Files) -> Counts:
         """How much there is to hold open; of the files themselves, what `files` says."""
-        numbers = [
-            [
+        of_table: dict[int, tuple[int, int]] = {}  # how many, and the highest number
+        for table in self._tables():
+            numbers = [
                 d.number
-                for d in task.descriptors
+                for d in table
                 if d.reg_id in self._openings or d.reg_id in self._plan.sockets
             ]
-            + [key.number for key in self._keys.of_task(task)]
-            for task in self._images.tasks
-        ]
+            of_table[id(table)] = len(numbers), max(numbers, default=-1)
+        most = highest = -1
+        for task in self._images.tasks:
+            keys = [key.number for key in self._keys.of_task(task)]
+            count, number = of_table[id(task.descriptors)]
+            most = max(most, count + len(keys))
+            highest = max(highest, number, *keys)
         return Counts(
             namespaces=len({n.target.index for n in self._namespaces.values()}),
             mounts=len(self._plan.mounts),
@@ -358,8 +369,8 @@ class Planner:
             held=self._held(files) + len(self._plan.fifos) + len(self._plan.sockets),
             directories=len(self._wanted),
             tasks=len(self._images.tasks),
-            most_of_task=max(map(len, numbers), default=0),
-            highest_number=max((number for some in numbers for number in some), default=-1),
+            most_of_task=max(most, 0),
+            highest_number=highest,
             most_keys=max(len(self._keys.of_task(task)) for task in self._images.tasks),
         )
 
@@ -605,10 +616,13 @@ class Planner:
     def _assign(self, looks: Mapping[tuple[MountHandle, bytes], Look]) -> None:
         """Give each open to one task: the lowest pid that holds it, as CRIU chooses the master."""
         placed = self._plan.placed
+        done: set[int] = set()  # tables whose opens have been given away
         for task in sorted(self._images.tasks, key=lambda task: task.pid):
             opens: list[PlannedOpen] = []
             keys = self._keys.of_task(task)
-            for reg in chain((d.reg_id for d in task.descriptors), (k.reg_id for k in keys)):
+            rows = () if id(task.descriptors) in done else task.descriptors
+            done.add(id(task.descriptors))
+            for reg in chain((d.reg_id for d in rows), (k.reg_id for k in keys)):
                 opening = self._openings.pop(reg, None)
                 if opening is not None:
                     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from ghostpool._errors import PlanError, UnsupportedError
 from ghostpool._model import (
     CONTAINER,
     HOST_NS,
+    Descriptor,
     GhostId,
     ImageMount,
     Images,
@@ -88,7 +89,7 @@ def _shifted(at: int, images: Images) -> Images:
         )
     base = at * CONTAINER
     return images._replace(
-        tasks=tuple(_task(base, task) for task in images.tasks),
+        tasks=_tasks(base, images.tasks),
         files={RegId(base + key): _file(base, file) for key, file in images.files.items()},
         remaps=[_remap(base, remap) for remap in images.remaps],
         ghosts={
@@ -108,12 +109,25 @@ def _shifted(at: int, images: Images) -> Images:
     )
 
 
+def _tasks(base: int, tasks: Iterable[Task]) -> tuple[Task, ...]:
+    """Tasks that share a table of descriptors go on sharing it: there may be thousands of them."""
+    tables: dict[int, list[Descriptor]] = {}
+    found = []
+    for task in tasks:
+        table = tables.get(id(task.descriptors))
+        if table is None:
+            rows = task.descriptors
+            table = [one._replace(reg_id=RegId(base + one.reg_id)) for one in rows]
+            tables[id(rows)] = table
+        found.append(_task(base, task)._replace(descriptors=table))
+    return tuple(found)
+
+
 def _task(base: int, task: Task) -> Task:
     return task._replace(
         pid=Pid(base + task.pid),
-        parent=Pid(base + task.parent),
+        parent=Pid(task.parent and base + task.parent),
         namespace=NsId(base + task.namespace),
-        descriptors=[one._replace(reg_id=RegId(base + one.reg_id)) for one in task.descriptors],
         holders=tuple(
             one._replace(pid=Pid(base + one.pid), reg_id=RegId(base + one.reg_id))
             for one in task.holders
@@ -176,8 +190,8 @@ def _container(path: str, at: int, listed: dict[str, Any]) -> Container:
     namespaces = {
         NsId(int(number)): str(where) for number, where in listed.get("namespaces", {}).items()
     }
-    if not (isinstance(name, str) and isinstance(images, str)):
-        raise TypeError(f"container {at}: name and images are strings")
+    if not (isinstance(name, str) and isinstance(images, str)) or "\0" in name + images:
+        raise TypeError(f"container {at}: name and images are texts")
     if not (tree is None or (type(tree) is int and tree > 0)):
         raise TypeError(f"container {at}: tree is the pid of a process")
     if tree is None and not namespaces:

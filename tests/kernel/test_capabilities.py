@@ -63,7 +63,7 @@ def sets_in(status: dict[str, str]) -> Sets:
 MINE = sets_in(status_of("self")).permitted
 
 
-ELSEWHERE = {"clone_part", "fill", "find", "open_part", "sweep"}
+ELSEWHERE = {"bind", "clone_part", "fill", "find", "open_part", "sweep", "uncover"}
 """Requests that other images than these, or other commands, come to."""
 
 
