@@ -56,7 +56,8 @@ class SweepWork:
         with its errno; and whether there was more than the bounds allow."""
         root = self._mounts[handle]
         found: list[Any] = []
-        unread: list[tuple[bytes, int]] = []
+        unread = 0
+        example: list[tuple[bytes, int]] = []
         entries = 0
         stopped = False
         pending = [b""]
@@ -90,8 +91,10 @@ class SweepWork:
             except OSError as error:
                 # EXDEV: another mount, which is looked at by itself; the others: it was exchanged.
                 if error.errno not in (errno.EXDEV, errno.ELOOP, errno.ENOENT, errno.ENOTDIR):
-                    unread.append((path, error.errno or errno.EIO))
-        return found, len(unread), unread[:1], stopped
+                    unread += 1
+                    if not example:
+                        example = [(path, error.errno or errno.EIO)]
+        return found, unread, example, stopped
 
 
 def _open(root: int, path: bytes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,28 @@ def test_what_can_not_be_looked_at_is_told(
     found, unread, example, stopped = find(root)
     assert [one.directory for one in found] == [b"good"]
     assert (unread, example, stopped) == (1, [(b"broken", errno.EIO)], False)
+
+
+def test_what_can_not_be_looked_at_is_not_kept_in_mind(
+    tmp_path: Path, root: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be as many such directories as a container likes."""
+    for number in range(400):
+        (tmp_path / f"{number:0200}").mkdir()
+    real = _sweeping._open
+    memory: list[int] = []
+
+    def failing(at: int, path: bytes) -> int:
+        if not path:
+            return real(at, path)
+        memory.append(tracemalloc.get_traced_memory()[0])
+        raise OSError(errno.EIO, "")
+
+    monkeypatch.setattr(_sweeping, "_open", failing)
+    tracemalloc.start()
+    try:
+        _, unread, example, _ = find(root)
+    finally:
+        tracemalloc.stop()
+    assert (unread, len(example)) == (400, 1)
+    assert memory[-1] < memory[0] - 200 * 200
