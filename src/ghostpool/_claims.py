@@ -72,8 +72,9 @@ class Claims:
         for token, files in self.dead.items():
             if (found.device, found.inode) in files:
                 return f"ghostpool recover removes it: it is of run {token}, which is dead"
-        if found.kind == "cr_link" and self.alive:
-            return f"run {min(self.alive)} is alive, and may have made it"
+        if found.kind in ("cr_link", "link_remap") and self.alive:
+            what = "have made" if found.kind == "cr_link" else "need"
+            return f"run {min(self.alive)} is alive, and may {what} it"
         if self.criu:
             return f"criu is running (process {self.criu[0]}), and may have made it"
         return None

@@ -172,22 +172,27 @@ def test_a_read_only_superblock() -> None:
 def test_what_a_living_restore_owns_stays(tmp_path: Path) -> None:
     """Its ghosts, and whatever it may have beside a taken name; it ends well after that."""
     images = ghosts_on("/data", ["one", "two"], b"content").write(tmp_path)
-    with live([read_only(2, b"/data", "one", "stale.cr_link")]) as (target,):
+    names = "one", "stale.cr_link", "link_remap.7"
+    with live([read_only(2, b"/data", *names)]) as (target,):
         with serving("-D", images, "-t", target.pid) as served:
             assert served.tasks == 1
             mine = {name for name in names_in(target, "/data") if name.startswith(".ghostpool-")}
             assert len(mine) == 2
-            status, document = clean(target, "--yes")
+            status, document = clean(target, "--yes", "--link-remaps")
             assert status == 0
             assert {*states(document).values()} == {"kept"}
             assert {one["path"] for one in document["leftovers"]} == {
                 "/data/stale.cr_link",
+                "/data/link_remap.7",
                 *(f"/data/{name}" for name in mine),
             }
             assert all("is alive" in one["reason"] for one in document["leftovers"])
             with fetched(served.socket, [1]) as probes:
                 assert len(probes[1].descriptors) >= 2
-        assert states(clean(target, "--yes")[1]) == {"/data/stale.cr_link": "removed"}
+        assert states(clean(target, "--yes", "--link-remaps")[1]) == {
+            "/data/stale.cr_link": "removed",
+            "/data/link_remap.7": "removed",
+        }
         assert names_in(target, "/data") == {"one"}
 
 
