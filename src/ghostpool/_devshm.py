@@ -144,16 +144,17 @@ def _number(field: bytes) -> int:
 def _records(name: str, number: int, data: bytes) -> dict[bytes, bytes]:
     """Of a pax header: "%d %s=%s\\n", the length first."""
     found: dict[bytes, bytes] = {}
-    while data:
-        length, _, _ = data.partition(b" ")
+    at = 0
+    while at < len(data):
+        length, _, _ = data[at : at + 7].partition(b" ")
         if not re.fullmatch(rb"[0-9]{1,6}", length):
             raise ImageError(name, number, "an extended header that is none")
-        size = int(length)
-        key, equals, value = data[len(length) + 1 : size].partition(b"=")
-        if size > len(data) or not equals or not value.endswith(b"\n"):
+        end = at + int(length)
+        key, equals, value = data[at + len(length) + 1 : end].partition(b"=")
+        if end > len(data) or not equals or not value.endswith(b"\n"):
             raise ImageError(name, number, "an extended header that is none")
         found[key] = value[:-1]
-        data = data[size:]
+        at = end
     return found
 
 

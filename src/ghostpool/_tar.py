@@ -125,15 +125,15 @@ def _member(stream: Stream, header: bytes, last: bytes) -> Member:
 def _pax(content: bytes, last: bytes) -> dict[bytes, bytes]:
     """The records of a pax header: "length key=value\\n", the length in decimal, of all of it."""
     fields = {}
-    while content:
-        digits, space, _ = content[:20].partition(b" ")
-        length = _decimal(digits, last) if space else 0
-        record = content[len(digits) + 1 : length]
-        key, equals, value = record.partition(b"=")
-        if not equals or length > len(content) or not value.endswith(b"\n"):
+    at = 0
+    while at < len(content):
+        digits, space, _ = content[at : at + 20].partition(b" ")
+        end = at + (_decimal(digits, last) if space else 0)
+        key, equals, value = content[at + len(digits) + 1 : end].partition(b"=")
+        if not equals or end > len(content) or not value.endswith(b"\n"):
             raise Unreadable(f"the pax header after {_after(last)} is malformed")
         fields[key] = value[:-1]
-        content = content[length:]
+        at = end
     return fields
 
 
