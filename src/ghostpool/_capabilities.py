@@ -113,6 +113,8 @@ ACT = int(Cap.SETUID | Cap.SETGID)
 GUARDIAN = ENTER | _NAMES
 """It makes mounts read-only and removes names, and nothing else."""
 BUILDER = ENTER | _SEARCH
+FILLER = int(BUILDER | _FILES | Cap.MKNOD)
+"""A builder that makes files, too: of any owner, and devices if the operator allows them."""
 COMMAND = int(
     Cap.CHOWN
     | Cap.DAC_OVERRIDE

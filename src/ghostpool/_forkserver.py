@@ -121,10 +121,13 @@ def _build_namespaces(channel: BlockingChannel, specs: Any) -> None:
     os.dup2(0, 2)
     _linux.prctl(_linux.PR_SET_NO_NEW_PRIVS, 1)
     _linux.prctl(_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
-    capabilities = _capabilities.Capabilities(_capabilities.BUILDER)
-    capabilities.need(_capabilities.BUILDER)
+    namespaces_wanted = _buildspec.unmarshal(specs)
+    fills = any(mount.nodes for wanted in namespaces_wanted for mount in wanted.mounts)
+    needed = _capabilities.FILLER if fills else _capabilities.BUILDER
+    capabilities = _capabilities.Capabilities(needed)
+    capabilities.need(needed)
     try:
-        namespaces = _build.build(_buildspec.unmarshal(specs))
+        namespaces = _build.build(namespaces_wanted)
     except _buildspec.BuildError as error:
         channel.send((False, (error.errno, error.syscall, error.path, error.mount_id)))
         return

@@ -207,8 +207,8 @@ class LinkRemaps:
         if key is not None or mount.mount.fstype != "tmpfs":
             return what, "--external has to name the file system as it was when it was dumped"
         return what, (
-            "a rebuilt namespace has it empty: restore with -t or --ns where that file system is "
-            "mounted"
+            "of a tmpfs a rebuilt namespace has what the images have, and they do not have this "
+            "file: restore with -t or --ns where that file system is mounted"
         )
 
 

@@ -326,7 +326,7 @@ async def prepared(
                     Unpacking.running(images, readings[0].directory)
                 )
             if not by_id:
-                by_id = await _rebuilt(request, images, server, hard)
+                by_id = await _rebuilt(request, images, server, hard, readings[0].directory)
                 targets += by_id.values()
                 pool.add_targets(targets)
                 tables = await read_tables(pool, targets)
@@ -479,13 +479,15 @@ def _resolved(
 
 
 async def _rebuilt(
-    request: Request, images: Images, server: ForkServer, most_fds: int
+    request: Request, images: Images, server: ForkServer, most_fds: int, directory: int
 ) -> dict[NsId, Target]:
     from ghostpool import _buildspec
+    from ghostpool._contents import with_contents
     from ghostpool._sandbox import specs_from_images
 
     specs = specs_from_images(images, request.external)
     _needs.check_namespaces(len(specs), most_fds)
+    specs = await with_contents(specs, images, directory, request.policy)
     try:
         fds = await server.build(_buildspec.marshal(specs))
     except BuildFailed as error:

@@ -1,14 +1,16 @@
 """The members of a tar archive, in their order: name, kind, and where the content lies.
 
-Nothing is extracted, ever: a member is a name and a run of bytes, and links, devices, owners and
-modes in an archive mean nothing here. All dialects in use are read: ustar, GNU (long names, large
-sizes) and pax. A member whose content is not a plain run of bytes (sparse) is told as such.
+Nothing is extracted, ever: a member is a name and a run of bytes, and what links, devices, owners
+and modes in an archive mean is left to who asks for the header. All dialects in use are read:
+ustar, GNU (long names, large sizes) and pax. A member whose content is not a plain run of bytes
+(sparse) is told as such.
 Sources: tar(5), POSIX.1-2017 pax, "Interchange formats"; GNU tar, src/tar.h.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
 from ghostpool._unpack import Stream, Unreadable
@@ -39,6 +41,10 @@ class Member(NamedTuple):
     at: int
     """Position of the content in the stream."""
     size: int
+    header: bytes = b""
+    """The last of its headers, as it is."""
+    fields: Mapping[bytes, bytes] = MappingProxyType({})
+    """What the headers before that one say instead: by the names of pax."""
 
 
 def is_tar(head: bytes) -> bool:
@@ -82,6 +88,7 @@ def _member(stream: Stream, header: bytes, last: bytes) -> Member:
     name = None
     size = None
     sparse = False
+    said: dict[bytes, bytes] = {}
     for _ in range(8):
         kind = header[156:157]
         length = _number(header[124:136])
@@ -92,8 +99,11 @@ def _member(stream: Stream, header: bytes, last: bytes) -> Member:
         content = exactly(stream, -(-length // BLOCK) * BLOCK, last, "header")[:length]
         if kind == b"L":
             name = content.rstrip(b"\0")
+        elif kind == b"K":
+            said[b"linkpath"] = content.rstrip(b"\0")
         elif kind == b"x":
             fields = _pax(content, last)
+            said |= fields
             name = fields.get(b"path", name)
             sparse = any(key.startswith(b"GNU.sparse.") for key in fields)
             if b"size" in fields:
@@ -117,9 +127,11 @@ def _member(stream: Stream, header: bytes, last: bytes) -> Member:
     # These have no content, whatever is said about its size; Go and GNU tar read them so too.
     if found == "link" or kind in (b"3", b"4", b"5", b"6"):
         size = 0
-    if kind == b"S" and header[482] == 1:
-        raise Unreadable(f"the member {_shown(name)} is sparse, and goes on in further headers")
-    return Member(name, found, stream.at, size)
+    if kind == b"S":
+        more = header[482]
+        while more:  # its map goes on in further headers
+            more = exactly(stream, BLOCK, name, "header")[504]
+    return Member(name, found, stream.at, size, header, said)
 
 
 def _pax(content: bytes, last: bytes) -> dict[bytes, bytes]:

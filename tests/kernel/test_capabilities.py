@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, get_args
 import pytest
 
 from ghostpool import _build, _capabilities, _command, _deliver, _forkserver, _linux, _run
-from ghostpool._capabilities import BUILDER, COMMAND, ENTER, GUARDIAN, NEEDED, WORKER, Cap
+from ghostpool._buildspec import MountSpec, NamespaceSpec, Node, marshal
+from ghostpool._capabilities import BUILDER, COMMAND, ENTER, FILLER, GUARDIAN, NEEDED, WORKER, Cap
 from ghostpool._errors import WorkerDied
 from ghostpool._launch import launch
 from ghostpool._planned import Files, Policy
@@ -360,7 +361,11 @@ def test_one_capset_for_a_request_that_needs_others() -> None:
     assert [effective for effective, _, _ in calls] == [bits & MINE for bits in wanted]
 
 
-def test_the_builder_has_a_set_of_its_own() -> None:
+@pytest.mark.parametrize("fills", [False, True])
+def test_the_builder_has_a_set_of_its_own(fills: bool) -> None:
+    """And files of any owner to make only where there are any."""
+    nodes = (Node(b"/x", stat.S_IFREG),) if fills else ()
+    specs = [NamespaceSpec(1, (MountSpec(1, 0, b"/", 1, nodes=nodes),))]
     def child() -> Any:
         answers: list[Any] = []
 
@@ -373,11 +378,12 @@ def test_the_builder_has_a_set_of_its_own() -> None:
             return []
 
         _build.build = build
-        _forkserver._build_namespaces(Channel(), ())  # type: ignore[arg-type]
+        _forkserver._build_namespaces(Channel(), marshal(specs))  # type: ignore[arg-type]
         return answers
 
     status, answer = in_child(child)
-    assert sets_in(status) == Sets(0, *(BUILDER & MINE,) * 3, 0)
+    needed = FILLER if fills else BUILDER
+    assert sets_in(status) == Sets(0, *(needed & MINE,) * 3, 0)
     assert status["NoNewPrivs"] == "1"
     assert answer == (True, ())
 
