@@ -13,6 +13,7 @@ import binascii
 import json
 import logging
 import os
+import signal
 import socket
 import stat
 import sys
@@ -32,7 +33,7 @@ from ghostpool._model import Images
 from ghostpool._paths import text
 from ghostpool._planned import Policy
 from ghostpool._protocol import rights
-from ghostpool._reading import SILENCE_S, discard, processor_s, why_it_ended
+from ghostpool._reading import SILENCE_S, STOP_S, discard, processor_s, why_it_ended
 from ghostpool._said import LENGTH, MAX_FRAME
 from ghostpool._startreader import Reading
 
@@ -178,6 +179,12 @@ class _Contents:
             why = why_it_ended(pidfd, "the process that reads it", processor_s(image))
             raise self._wrong(why) from None
         finally:
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            with anyio.move_on_after(STOP_S, shield=True):
+                await anyio.wait_readable(pidfd)
             discard(reading)
 
     async def _listen(self, end: socket.socket) -> None:

@@ -366,6 +366,7 @@ def test_the_builder_has_a_set_of_its_own(fills: bool) -> None:
     """And files of any owner to make only where there are any."""
     nodes = (Node(b"/x", stat.S_IFREG),) if fills else ()
     specs = [NamespaceSpec(1, (MountSpec(1, 0, b"/", 1, nodes=nodes),))]
+
     def child() -> Any:
         answers: list[Any] = []
 
