@@ -1,4 +1,4 @@
-"""The step matrix: that its list of steps is whole, and (long) all of it."""
+"""The step matrix: that its list of steps is whole, and (long) a part of it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from tests.faults.running import Outcome, differences
 from tests.faults.scenes import definitions, standing
 from tests.matrix import Matrix
 from tests.unit.test_layers import CHILD_SIDE
+
+SAMPLE = 5
+"""One cell out of so many; all of them take a quarter of an hour: `python -m tests.matrix`."""
 
 
 def scanned(source: str) -> list[str]:
@@ -73,10 +76,9 @@ def red(done: Matrix) -> list[tuple[str, list[str]]]:
 
 @pytest.mark.needs_mount_ns
 @pytest.mark.long
-def test_whole_matrix() -> None:
-    done = Matrix()
+def test_sample_of_the_matrix() -> None:
+    done = Matrix(every=SAMPLE)
     done.run()
     assert red(done) == []
-    assert done.unreached() == []
     assert not {step for step in matrix.UNREACHED if step in done.reached}
-    assert done.summary()["runs"] >= 2500
+    assert done.summary()["runs"] >= 1000
