@@ -21,6 +21,8 @@ from ghostpool._restored import Restored
 from ghostpool._workerclient import WorkerFailure
 
 _BATCH = 64
+_BACKLOG_MAX = (1 << 31) - 1
+"""Of listen(2), whose number has a sign; the kernel takes no more than net.core.somaxconn."""
 
 
 class SocketBinder:
@@ -62,7 +64,7 @@ class SocketBinder:
         return BindOp(
             socket.name,
             socket.type,
-            socket.backlog if socket.listening else None,
+            min(socket.backlog, _BACKLOG_MAX) if socket.listening else None,
             socket.shutdown,
             bool(socket.flags & os.O_NONBLOCK),
             owner,

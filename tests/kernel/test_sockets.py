@@ -177,6 +177,20 @@ def test_options(target: Namespace, tmp_path: Path) -> None:
         close(sockets)
 
 
+@pytest.mark.parametrize("backlog", [1 << 31, (1 << 32) - 1])
+def test_a_backlog_that_listen_does_not_take(
+    target: Namespace, tmp_path: Path, backlog: int
+) -> None:
+    """It is as long as the kernel makes it."""
+    made = images()
+    made.socket(1, 3, b"/a", state=LISTENING, backlog=backlog)
+    sockets = taken(made, tmp_path, target)
+    try:
+        assert listens(sockets[3])
+    finally:
+        close(sockets)
+
+
 def test_dgram_sends_by_its_name(target: Namespace, tmp_path: Path) -> None:
     """Whoever gets a datagram of it sees the old name as its sender."""
     made = images()
