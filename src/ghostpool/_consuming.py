@@ -17,7 +17,7 @@ from ghostpool._model import MountHandle
 from ghostpool._paths import text
 from ghostpool._planned import Plan, PlannedLink
 from ghostpool._pool import WorkerPool
-from ghostpool._protocol import OTHER, Removed, RemoveOp
+from ghostpool._protocol import OTHER, REMOVED, Removed, RemoveOp
 from ghostpool._workerclient import WorkerFailure
 
 _BATCH = 256
@@ -68,8 +68,8 @@ async def _consume(
             left.append(_left(link, f"{answer.step}: {os.strerror(answer.errno)}"))
         elif answer.found == OTHER:
             left.append(_left(link, "another file has the name now"))
-        else:
-            gone += 1
+        elif answer.found == REMOVED:
+            gone += 1  # else it was gone: through another mount of its, or by somebody else
     return gone
 
 

@@ -284,6 +284,25 @@ def test_hidden_names_go_after_a_success_if_asked_for(tmp_path: Path, flags: int
             restore(images, fd, tmp_path, consume_link_remaps=True)
 
 
+def test_a_hidden_name_that_somebody_else_has_taken_away_is_not_counted(tmp_path: Path) -> None:
+    """It is gone, as it should be, but not by this run."""
+    images = one_task(flags=0x200001)
+    _, first = linked(images, 3, "/data/gone")
+    _, second = linked(images, 4, "/data/other")
+    nodes = file(first), file(second)
+    with namespace(mount(*nodes, flags=0)) as fd, pytest.MonkeyPatch.context() as patch:
+        report = Report()
+
+        def check(_: _run.Session) -> None:
+            inside(fd, lambda: os.unlink(first))
+
+        patch.setattr(_run.Session, "_check_consumers", check)
+        restore(images, fd, tmp_path, report=report, changed=True, consume_link_remaps=True)
+        assert hidden_in(fd) == []
+        assert report.document()["consumed_link_remaps"] == 1
+        assert report.document()["left"] == []
+
+
 def test_hidden_names_stay_after_a_failure(tmp_path: Path) -> None:
     """Whatever comes after the files were opened: here the last word of who takes them."""
     images = one_task()
