@@ -109,7 +109,8 @@ def choose(images: Images, only: Sequence[str]) -> list[Ghost]:
     chosen: set[GhostId] = set()
     for wanted in only:
         if wanted.isascii() and wanted.isdigit():
-            found = {ghost for ghost in images.ghosts if ghost == int(wanted)}
+            number = wanted.lstrip("0") or "0"  # not int(): it may have any number of digits
+            found = {ghost for ghost in images.ghosts if str(ghost) == number}
         else:
             pattern = os.fsencode(wanted)
             found = {
