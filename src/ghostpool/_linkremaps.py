@@ -197,7 +197,10 @@ class LinkRemaps:
             what += f", external in the images ({key})"
         if mount.mount.mountpoint == _DEV_SHM:
             if self._devshm is not None:
-                return what, "nor in the archive that --devshm names: is it of the same dump?"
+                return what, (
+                    "nor in the archive of /dev/shm (devshm-checkpoint.tar): is it of the same "
+                    "dump?"
+                )
             return what, (
                 "--devshm FILE supplies it, where the runtime has saved /dev/shm beside the images "
                 "(devshm-checkpoint.tar); or restore where that file system is mounted"
