@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, Literal
 
 from ghostpool._errors import ImageError
+from ghostpool._imagefile import KINDS
 from ghostpool._imagesource import OpenImage
 from ghostpool._limits import RECORD_LIMIT, Limits, size_text
 from ghostpool._model import Step
@@ -43,7 +44,7 @@ _EACH: Final = 600
 _MARK: Final = "inventory.img"
 _DEVSHM: Final = "devshm-checkpoint.tar"
 _GHOST: Final = re.compile(r"ghost-file-[0-9a-f]+\.img")
-_KEPT: Final = re.compile(r"(?!pages-)[a-z]+(-[a-z]+)*(-[0-9a-f]+)?\.img")
+_KEPT: Final = re.compile(rf"(?:{'|'.join(sorted(KINDS))})(?:-[0-9]+)?\.img")
 _BLOB: Final = re.compile(rb"(?:\./)?blobs/[a-z0-9]+/[0-9a-f]+")
 _ENTRY: Final = message_class("ghost_file_entry")
 _CHUNK: Final = message_class("ghost_chunk_entry")
@@ -249,11 +250,14 @@ class _Scan:
         *above, name = [p for p in os.fsdecode(member.name).split("/") if p not in ("", ".")] or [
             ""
         ]
+        place = steps, inside, "/".join(above)
         if name == _DEVSHM and member.kind == "file":
-            self._shm[steps, inside, "/".join(above)] = member
+            if place in self._shm:
+                raise Unreadable(f"{os.fsdecode(member.name)!a} is in it twice")
+            self._shm[place] = member
         if not name.endswith(".img") or ".." in above:
             return
-        found = self._found.setdefault((steps, inside, "/".join(above)), {})
+        found = self._found.setdefault(place, {})
         if name in found:
             raise Unreadable(f"{os.fsdecode(member.name)!a} is in it twice")
         kept = None

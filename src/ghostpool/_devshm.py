@@ -47,12 +47,16 @@ def read_devshm(name: str, tar: OpenImage, tally: Tally) -> Iterator[ShmFile]:
     A hard link is the file that it leads to: they have one position.
     """
     regular: dict[bytes, _Member] = {}
+    hidden: set[bytes] = set()
     for member in _members(name, tar):
         path = _inside(member.path)
         if member.kind in _REGULAR:
             regular[path] = member
         file = regular.get(_inside(member.link) if member.kind == b"1" else path)
         if file is not None and member.kind in (*_REGULAR, b"1") and _HIDDEN.fullmatch(path):
+            if path in hidden:
+                raise ImageError(name, None, f"{path.decode()} is in it twice")
+            hidden.add(path)
             tally.count(name, None, "ghost-file")
             tally.size(name, file.size)
             tally.content(name, 0, file.size)

@@ -62,6 +62,9 @@ _KINDS: Final = {
     "timerfd": (0x50493712, "any_file_entry"),
 }
 
+KINDS: Final = frozenset(_KINDS)
+"""What an image that anybody asks for is called, before its number."""
+
 
 class ImageDirectory:
     """The images of one dump, and what they have asked for so far."""

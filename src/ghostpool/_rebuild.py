@@ -546,6 +546,8 @@ class Rebuild:
             path = _bytes(name, TEXT_LIMIT)
             if not _HIDDEN.fullmatch(path) or _number(mode, 0o177777) & _IFMT != _IFREG:
                 raise Nonsense("a file of /dev/shm that is no link remap")
+            if path in self._devshm:
+                raise Nonsense("a file of /dev/shm that comes twice")
             self._tally.size("devshm", _number(size, _U63))
             self._tally.content("devshm", 0, size)
             self._devshm[path] = ShmFile(

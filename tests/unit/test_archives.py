@@ -167,6 +167,18 @@ def test_an_image_that_is_there_twice(tmp_path: Path) -> None:
     refused(tmp_path, tar(twice), "'checkpoint/pstree.img' is in it twice")
     elsewhere = [*members_of(tmp_path), ("./checkpoint//./pstree.img", b"x")]
     refused(tmp_path, tar(elsewhere), "is in it twice")
+    shm = ("devshm-checkpoint.tar", b"")
+    refused(tmp_path, tar([*members_of(tmp_path), shm, shm]), "is in it twice")
+
+
+def test_only_images_that_are_asked_for_take_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_archive, "KEPT_MAX", 1 << 18)
+    others = ("pagemap-1", "sk-queues", "pipes-data", "tcp-stream-1f", "cgroup", "pages-1")
+    large = [(f"checkpoint/{name}.img", bytes(1 << 17)) for name in others]
+    (tmp_path / "archive").write_bytes(zstd_frame(tar([*large, *members_of(tmp_path)])))
+    read(tmp_path / "archive")
 
 
 def test_images_of_two_dumps(tmp_path: Path) -> None:

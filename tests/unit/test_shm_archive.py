@@ -205,3 +205,10 @@ def test_limits() -> None:
         found(data, Limits(size=1999))
     with pytest.raises(ImageError, match="2 ghosts"):
         found(packed(member("link_remap.1"), member("link_remap.2")), Limits(ghosts=1))
+
+
+def test_a_name_that_comes_twice() -> None:
+    """Which of them was meant nobody knows."""
+    data = packed(member("link_remap.1", b"one"), member("./dev/shm/link_remap.1", b"another"))
+    with pytest.raises(ImageError, match=r"link_remap\.1 is in it twice"):
+        found(data)
