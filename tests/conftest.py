@@ -114,6 +114,13 @@ def _lacks_loop() -> str | None:
 
 
 @cache
+def _lacks_maker(name: str) -> str | None:
+    if shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None:
+        return f"the command {name}, to fill a loop device"
+    return _lacks_loop()
+
+
+@cache
 def _lacks_systemd() -> str | None:
     if shutil.which("systemd-socket-activate") is None:
         return "the commands of systemd"
@@ -167,6 +174,8 @@ _CAPABILITIES: dict[str, tuple[Callable[[], str | None], str]] = {
     ),
     "needs_strace": (_lacks_strace, "strace, allowed to trace its own children"),
     "needs_loop": (_lacks_loop, "loop devices and mkfs.ext4"),
+    "needs_xfs": (partial(_lacks_maker, "mkfs.xfs"), "loop devices and mkfs.xfs"),
+    "needs_btrfs": (partial(_lacks_maker, "mkfs.btrfs"), "loop devices and mkfs.btrfs"),
     "needs_systemd": (_lacks_systemd, "systemd's commands and libsystemd; it need not run"),
     "needs_crun": (partial(_lacks_runtime, "crun"), "crun and busybox, to run a container"),
     "needs_runc": (partial(_lacks_runtime, "runc"), "runc and busybox, to run a container"),

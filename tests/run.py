@@ -36,6 +36,8 @@ BESIDE = "long"
 TOOLS = {
     "strace": ["strace"],
     "mkfs.ext4": ["e2fsprogs"],
+    "mkfs.xfs": ["xfsprogs"],
+    "mkfs.btrfs": ["btrfs-progs"],
     "mount": ["mount"],
     "unshare": ["util-linux"],
     "cc": ["gcc", "libc6-dev"],
