@@ -38,6 +38,7 @@ class ForkServer(Work):
 
     def __init__(self, channel: BlockingChannel) -> None:
         self._channel = channel
+        self._pid = os.getpid()
         self._children: dict[int, int] = {}
         """pidfd -> pid"""
         self._poll = select.poll()
@@ -98,7 +99,7 @@ class ForkServer(Work):
             os.close(self._channel.fileno())
             _linux.close_all(self._children)
             if kind == "worker":
-                _worker.main(fds[0], *arguments)
+                _worker.main(fds[0], *arguments, parent=self._pid)
                 status = 0
             elif kind == "guardian":
                 _guardian.main(fds[0], *arguments)

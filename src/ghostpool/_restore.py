@@ -15,12 +15,20 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
 import anyio
+import anyio.lowlevel
 
 from ghostpool._apart import apart
 from ghostpool._barrier import TaskBarrier
 from ghostpool._consuming import consume
 from ghostpool._createghosts import Creator, content_of
-from ghostpool._errors import BarrierBroken, RevertError, first_cause, reportable, without_echoes
+from ghostpool._errors import (
+    BarrierBroken,
+    RevertError,
+    first_cause,
+    leaves,
+    reportable,
+    without_echoes,
+)
 from ghostpool._fifos import FifoFiller
 from ghostpool._followers import NOBODY, Events
 from ghostpool._guard import Guard
@@ -133,10 +141,20 @@ class Restoration:
                     raise  # it is the caller's own: there is nothing to undo any more
                 error = await unbroken(partial(self._undone, caught))
             if error is not None:
-                raise first_cause(error) if alone else without_echoes(error)
+                first = first_cause(error) if alone else without_echoes(error)
+                if isinstance(self.barrier.cause, anyio.get_cancelled_exc_class()):
+                    # What the other tasks say of it is only an echo of the caller's cancellation.
+                    await self._cancelled_after(first)
+                raise first
         finally:
             self._note_usage()
             await unbroken(self._close)
+
+    @staticmethod
+    async def _cancelled_after(error: BaseException) -> None:
+        """Let a cancellation out in place of those who were told that the barrier is broken."""
+        if all(isinstance(leaf, BarrierBroken) for leaf in leaves(error)):
+            await anyio.lowlevel.checkpoint_if_cancelled()
 
     async def _close(self) -> None:
         self._fifos.close()

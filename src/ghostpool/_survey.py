@@ -73,7 +73,14 @@ class Survey:
         }
         skipped: list[Refusal] = []
         while True:
-            plan = await self._plan(namespaces, token)
+            try:
+                plan = await self._plan(namespaces, token)
+            except WorkerFailure as error:
+                failure = error.failure
+                raise PlanError(
+                    "the mounts of the target can not be looked at: "
+                    f"{failure.step}: {os.strerror(failure.errno)}"
+                ) from error
             if self._policy.on_error == "refuse" or not plan.refusals:
                 break
             files = {number for refusal in plan.refusals for number in refusal.files}

@@ -166,17 +166,21 @@ def _last_words(_: list[int]) -> tuple[int, ...]:
     return tuple(Report(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
-def main(fd: int, mount_setattr: bool, devices: bool = False, acting: bool = False) -> None:
+def main(
+    fd: int, mount_setattr: bool, devices: bool = False, acting: bool = False, *, parent: int
+) -> None:
     """Body of a forked worker; returns when the coordinator is gone or done.
 
-    `devices`: the operator allows device ghosts. `acting`: there are targets whose files can not
-    be owned by ghostpool's user.
+    `parent` is the fork server. `devices`: the operator allows device ghosts. `acting`: there are
+    targets whose files can not be owned by ghostpool's user.
     """
     os.umask(0)
     # What goes wrong is told through the socket; the user's terminal has no place in a container.
     os.dup2(0, 2)
     _linux.prctl(_linux.PR_SET_NO_NEW_PRIVS, 1)
     _linux.prctl(_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return  # it died before the kernel was told that this one is to die with it
     ever = WORKER | (Cap.MKNOD if devices else 0) | (ACT if acting else 0)
     capabilities = Capabilities(int(ever))
     try:

@@ -134,6 +134,7 @@ HARMLESS = {
     "os.getegid",
     "os.geteuid",
     "os.getpid",
+    "os.getppid",
     "os.kill",  # of a child that has not been waited for
     "os.strerror",
     "os.waitpid",

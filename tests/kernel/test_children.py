@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+from ghostpool import _worker
 from ghostpool._errors import WorkerDied
 from ghostpool._launch import launch
 from ghostpool._pool import INSIST, WorkerPool
 from ghostpool._process import Child, ForkServer
 from ghostpool._workerclient import WorkerClient, WorkerFailure
+from ghostpool.testing._forked import in_child
 
 pytestmark = [pytest.mark.needs_mount_ns, pytest.mark.anyio]
 
@@ -163,3 +166,21 @@ async def test_undoing_gets_workers_when_the_guardian_is_dead(
         pids = [child.pid for child in watcher.children]
         assert pids == [*killed, pid]
         assert len(pids) == INSIST
+
+
+def test_a_worker_whose_fork_server_is_gone_already() -> None:
+    """It ends by itself, with what it is asked unread: no death signal will come."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(b"?")
+        ours.shutdown(socket.SHUT_WR)
+        fd = os.dup(theirs.fileno())
+
+        def child() -> None:
+            _worker.main(fd, mount_setattr=True, parent=os.getpid())  # its parent is another
+
+        in_child(child)
+        os.close(fd)
+        theirs.close()
+        with pytest.raises(ConnectionResetError):
+            ours.recv(1)

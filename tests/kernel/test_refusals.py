@@ -444,7 +444,7 @@ def test_images_directory_is_missing(tmp_path: Path, target: tuple[Live, Snapsho
 def test_images_directory_is_a_file(tmp_path: Path, target: tuple[Live, Snapshot]) -> None:
     (tmp_path / "file").write_text("text")
     done = restore(tmp_path / "file", target[0])
-    assert_refused(done, [target[1]], [target[0]], f"{tmp_path}/file", "Not a directory")
+    assert_refused(done, [target[1]], [target[0]], f"{tmp_path}/file", "no tar archive")
 
 
 def test_images_directory_is_empty(tmp_path: Path, target: tuple[Live, Snapshot]) -> None:
