@@ -24,7 +24,6 @@ from ghostpool._match import Namespace
 from ghostpool._model import MountHandle, NsId
 from ghostpool._mountinfo import LiveMount
 from ghostpool._mounttable import MountTable
-from ghostpool._needs import Counts
 from ghostpool._paths import text
 from ghostpool._planned import PlannedMount
 from ghostpool._pool import WorkerPool
@@ -150,7 +149,7 @@ async def clean(
     `directory` is the run directory. PlanError: nothing was removed.
     """
     with all_descriptors() as (_, hard):
-        _needs.check(_counts(1), 1, None, hard)
+        _needs.check(_needs.mounts_alone(1), 1, None, hard)
         async with ForkServer.running(launched) as server:
             (target,) = pin([namespace]).values()
             try:
@@ -162,7 +161,7 @@ async def clean(
                 async with WorkerPool.running(server, 1, [target]) as pool:
                     table = (await read_tables(pool, [target]))[target.index]
                     chosen = _chosen(target, table, mounts)
-                    _needs.check(_counts(len(chosen)), 1, None, hard)
+                    _needs.check(_needs.mounts_alone(len(chosen)), 1, None, hard)
                     for planned in chosen:
                         await _find(pool, planned, cleaning, must=bool(mounts))
                     _judge(cleaning, Claims.now(directory), link_remaps=link_remaps)
@@ -171,19 +170,6 @@ async def clean(
                             await _remove(pool, planned, cleaning)
             finally:
                 os.close(target.fd)
-
-
-def _counts(mounts: int) -> Counts:
-    return Counts(
-        namespaces=1,
-        mounts=mounts,
-        opens=0,
-        held=0,
-        directories=0,
-        tasks=0,
-        most_of_task=0,
-        highest_number=-1,
-    )
 
 
 def _chosen(target: Target, table: MountTable, points: Sequence[str]) -> list[PlannedMount]:

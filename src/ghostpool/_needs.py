@@ -48,6 +48,20 @@ class Counts(NamedTuple):
     """What a task holds besides descriptors, of the one that holds most."""
 
 
+def mounts_alone(mounts: int) -> Counts:
+    """Of work on so many mounts of one namespace, in which nothing is opened."""
+    return Counts(
+        namespaces=1,
+        mounts=mounts,
+        opens=0,
+        held=0,
+        directories=0,
+        tasks=0,
+        most_of_task=0,
+        highest_number=-1,
+    )
+
+
 def check_namespaces(count: int, limit: int) -> None:
     """PlanError: so many namespaces can not even be held open."""
     need = max(_COORDINATOR, _BUILDER) + count

@@ -30,7 +30,6 @@ from ghostpool._linux import close_all
 from ghostpool._match import Namespace
 from ghostpool._model import MountHandle, NsId
 from ghostpool._mountkernel import PoolMounts
-from ghostpool._needs import Counts
 from ghostpool._paths import text
 from ghostpool._planned import PlannedMount
 from ghostpool._pool import WorkerPool
@@ -93,7 +92,7 @@ async def open_leases(
     directory_name = None if run_dir is None else os.fspath(run_dir)
     async with AsyncExitStack() as stack:
         _, hard = stack.enter_context(all_descriptors())
-        _needs.check(_counts(len(points)), 1, None, hard)
+        _needs.check(_needs.mounts_alone(len(points)), 1, None, hard)
         (target,) = pin([str(namespace)]).values()
         stack.callback(close_all, target.fds)
         if target.is_host:
@@ -179,19 +178,6 @@ class _NamedMounts:
         """Put back what is writable, whoever holds it, and change nothing any more."""
         self._closed = True
         return await unbroken(self._kernel.close)
-
-
-def _counts(mounts: int) -> Counts:
-    return Counts(
-        namespaces=1,
-        mounts=mounts,
-        opens=0,
-        held=0,
-        directories=0,
-        tasks=0,
-        most_of_task=0,
-        highest_number=-1,
-    )
 
 
 async def _find(

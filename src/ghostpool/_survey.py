@@ -39,6 +39,7 @@ _PAGES = 32
 _MORE_THAN_A_PAGE = 1 << 16
 _Place = tuple[MountHandle, bytes, tuple[bytes, ...]]
 _T = TypeVar("_T")
+_P = TypeVar("_P", bound=tuple[MountHandle, *tuple[Any, ...]])
 
 
 class Survey:
@@ -205,46 +206,43 @@ class Survey:
                 planner.refuse_mount(planned, _clone_error(*failure))
 
     async def _look(self, planner: Planner) -> dict[tuple[MountHandle, bytes], Look]:
-        mounts = {planned.handle: planned for planned in planner.mounts}
-        by_target: dict[int, list[_Place]] = {}
-        for (handle, directory), names in planner.looks.items():
-            index = mounts[handle].namespace.target.index
-            by_target.setdefault(index, []).append((handle, directory, names))
+        places: list[_Place] = [
+            (handle, directory, names) for (handle, directory), names in planner.looks.items()
+        ]
         looks: dict[tuple[MountHandle, bytes], Look] = {}
-
-        async def look(item: tuple[int, list[_Place]]) -> None:
-            index, places = item
-            for start in range(0, len(places), _BATCH):
-                batch = places[start : start + _BATCH]
-                handles = {handle for handle, _, _ in batch}
-                answers, _ = await self._pool.call(
-                    index % self._pool.jobs, "look", batch, target=index, mounts=handles
-                )
-                for (handle, directory, _), fields in zip(batch, answers, strict=True):
-                    looks[handle, directory] = Look(*fields)
-
-        await _each(look, list(by_target.items()))
+        for (handle, directory, _), fields in await self._ask(planner, "look", places):
+            looks[handle, directory] = Look(*fields)
         return looks
 
     async def _find(self, planner: Planner) -> dict[Place, Found]:
+        answers = await self._ask(planner, "find", planner.names)
+        return {place: Found(*fields) for place, fields in answers}
+
+    async def _ask(
+        self, planner: Planner, request: str, places: Iterable[_P]
+    ) -> list[tuple[_P, tuple[Any, ...]]]:
+        """What workers in the mounts' own namespaces answer about each of these places."""
         mounts = {planned.handle: planned for planned in planner.mounts}
-        by_target: dict[int, list[Place]] = {}
-        for place in planner.names:
+        by_target: dict[int, list[_P]] = {}
+        for place in places:
             by_target.setdefault(mounts[place[0]].namespace.target.index, []).append(place)
-        found: dict[Place, Found] = {}
+        answered: list[tuple[_P, tuple[Any, ...]]] = []
 
-        async def find(item: tuple[int, list[Place]]) -> None:
-            index, places = item
-            for start in range(0, len(places), _BATCH):
-                batch = places[start : start + _BATCH]
-                handles = {handle for handle, _, _ in batch}
+        async def ask(item: tuple[int, list[_P]]) -> None:
+            index, own = item
+            for start in range(0, len(own), _BATCH):
+                batch = own[start : start + _BATCH]
                 answers, _ = await self._pool.call(
-                    index % self._pool.jobs, "find", batch, target=index, mounts=handles
+                    index % self._pool.jobs,
+                    request,
+                    batch,
+                    target=index,
+                    mounts={place[0] for place in batch},
                 )
-                found.update(zip(batch, (Found(*fields) for fields in answers), strict=True))
+                answered.extend(zip(batch, answers, strict=True))
 
-        await _each(find, list(by_target.items()))
-        return found
+        await _each(ask, list(by_target.items()))
+        return answered
 
     async def _check_room(self, planner: Planner, plan: Plan) -> None:
         by_target: dict[int, list[_room.Part]] = {}
